@@ -1,0 +1,41 @@
+"""ALL-PET: few-shot PET foundation models in the projection domain (arXiv 2509.09130).
+
+Public names are listed in ``_EXPORTS`` and imported on first use, so that ``import allpet`` stays
+light for data-loader workers and for tools that only need the geometry.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "geometry": ["ParallelBeam"],
+    "projector": ["Radon"],
+    "reconstruction": ["fbp", "mlem", "osem"],
+    "augmentation": ["MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
+    "batches": ["SinogramBatch"],
+    "prompts": ["Prompt"],
+    "scaling": ["Scaling"],
+    "consistency": ["bow_tie_filter", "half_turn_residual", "helgason_ludwig_residual"],
+    "models.autoencoder": ["Autoencoder"],
+    "models.denoiser": ["Denoiser"],
+    "diffusion.schedule": ["Diffusion"],
+    "diffusion.samplers": ["sample_ddim", "sample_ddpm"],
+    "systems.autoencoder": ["AutoencoderSystem"],
+    "systems.latent_diffusion": ["LatentDiffusion"],
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module it lives in (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'allpet' has no attribute {name!r}; its names are {', '.join(__all__)}.")
+    return getattr(import_module(f"allpet.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

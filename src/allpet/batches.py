@@ -1,0 +1,32 @@
+"""Typed batches: what a data module gives and a system takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from allpet.augmentation import MaskedStack
+from allpet.prompts import Prompt
+
+
+class SinogramBatch(NamedTuple):
+    """Unpaired sinograms for stages 1 and 2.
+
+    Attributes:
+        sinogram: what is trained on, ``(batch, 1, views, bins)``, float32, in the data set's own units (the simulator:
+            SUV x mm). By default it carries realistic noise, as a user's data do.
+        expected: the noise-free, attenuation-corrected sinogram in the same units and shape; where it is not known
+            (real data) it is the same tensor as ``sinogram``.
+        prompt: tracer and region of each slice.
+        sample_id: identity of each slice in its data set, ``(batch,)``, int64; keys random draws.
+        patient_id: index of each slice's patient, ``(batch,)``, int64.
+        stack: masks and stack drawn for ``sinogram`` on the batch's device; None before ``on_after_batch_transfer``.
+    """
+
+    sinogram: Tensor
+    expected: Tensor
+    prompt: Prompt
+    sample_id: Tensor
+    patient_id: Tensor
+    stack: MaskedStack | None = None

@@ -1,0 +1,65 @@
+"""Prompts: what the model is asked for, as tracer x region (and, for paired tasks, the task).
+
+Index 0 of each vocabulary means *left open*; it is also what classifier-free guidance trains as the null prompt. The
+seven pairs of the paper's figure 2 are FDG x {brain, trunk, chest, abdomen}, DOPA x brain and PSMA x {chest, abdomen};
+pelvis is added. *Trunk* is the parent of chest, abdomen and pelvis: any trunk slice answers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OPEN = "open"
+TRACERS = (OPEN, "FDG", "DOPA", "PSMA")
+REGIONS = (OPEN, "brain", "trunk", "chest", "abdomen", "pelvis")
+TRUNK_REGIONS = ("chest", "abdomen", "pelvis")
+_ALIASES = {"18F-FDG": "FDG", "18F-DOPA": "DOPA", "68Ga-PSMA": "PSMA", "68Ga-PSMA-11": "PSMA", "": OPEN, "any": OPEN}
+
+
+class Prompt(NamedTuple):
+    """A batch of prompts.
+
+    Attributes:
+        tracer: index into ``TRACERS``, ``(batch,)``, int64.
+        region: index into ``REGIONS``, ``(batch,)``, int64.
+    """
+
+    tracer: Tensor
+    region: Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[str | tuple[str, str]]) -> Prompt:
+        """Build a batch from ``"tracer:region"`` texts or pairs, e.g. ``["FDG:brain", ("PSMA", "open")]``.
+
+        Raises:
+            ValueError: if a name is not in the vocabulary.
+        """
+        named = [tuple(pair.split(":")) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+        for pair in named:
+            if len(pair) != 2:
+                raise ValueError(f"A prompt is tracer:region, such as FDG:brain; got {':'.join(pair)!r}.")
+        return cls(
+            torch.tensor([prompt_index(tracer, TRACERS, "tracer") for tracer, _ in named], dtype=torch.int64),
+            torch.tensor([prompt_index(region, REGIONS, "region") for _, region in named], dtype=torch.int64),
+        )
+
+    def names(self) -> list[str]:
+        """Return ``"tracer:region"`` for each prompt."""
+        return [f"{TRACERS[t]}:{REGIONS[r]}" for t, r in zip(self.tracer.tolist(), self.region.tolist(), strict=True)]
+
+
+def prompt_index(name: str, vocabulary: Sequence[str], what: str) -> int:
+    """Return the index of a name in a vocabulary, ignoring case and accepting names with the isotope.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    plain = _ALIASES.get(name, name)
+    for index, known in enumerate(vocabulary):
+        if plain.lower() == known.lower():
+            return index
+    raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(vocabulary)}.")
