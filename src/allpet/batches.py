@@ -22,6 +22,8 @@ class SinogramBatch(NamedTuple):
         sample_id: identity of each slice in its data set, ``(batch,)``, int64; keys random draws.
         patient_id: index of each slice's patient, ``(batch,)``, int64.
         stack: masks and stack drawn for ``sinogram`` on the batch's device; None before ``on_after_batch_transfer``.
+        symmetry: label of the exact symmetries applied, ``(batch, labels)``, all zero for the identity
+            (``SymmetryParameters.label()``); None where none were drawn. Augment-conditioning reads it.
     """
 
     sinogram: Tensor
@@ -30,3 +32,4 @@ class SinogramBatch(NamedTuple):
     sample_id: Tensor
     patient_id: Tensor
     stack: MaskedStack | None = None
+    symmetry: Tensor | None = None
