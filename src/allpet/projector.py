@@ -5,7 +5,6 @@ from __future__ import annotations
 import astra
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from allpet.geometry import ParallelBeam
@@ -60,3 +59,22 @@ class Radon:
         """``(batch, 1, views, bins) -> (batch, 1, rows, columns)``."""
         a, at = self._matrices()
         return _Project.apply(sinogram.flatten(1).float(), at, a).view(-1, 1, *self.geometry.image_shape)
+
+    def subset(self, k, n):  # type: ignore[no-untyped-def]
+        """Views k, k + n, ... as an operator of their own."""
+        return _Subset(self, k, n)
+
+
+class _Subset:
+    def __init__(self, radon, k, n):  # type: ignore[no-untyped-def]
+        self.radon, self.k, self.n = radon, k, n
+
+    def project(self, image: Tensor) -> Tensor:
+        """Project to the subset's views."""
+        return self.radon.project(image)[..., self.k :: self.n, :]
+
+    def backproject(self, sinogram: Tensor) -> Tensor:
+        """Backproject the subset's views."""
+        full = sinogram.new_zeros(*sinogram.shape[:-2], *self.radon.geometry.sinogram_shape)
+        full[..., self.k :: self.n, :] = sinogram
+        return self.radon.backproject(full)
