@@ -14,7 +14,7 @@ _EXPORTS = {
     "projector": ["Radon"],
     "reconstruction": ["fbp", "mlem", "osem"],
     "augmentation": ["MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
-    "batches": ["SinogramBatch"],
+    "batches": ["PromptBatch", "SinogramBatch"],
     "prompts": ["Prompt"],
     "scaling": ["Scaling"],
     "consistency": ["bow_tie_filter", "half_turn_residual", "helgason_ludwig_residual"],
@@ -23,7 +23,7 @@ _EXPORTS = {
     "diffusion.schedule": ["Diffusion"],
     "diffusion.samplers": ["sample_ddim", "sample_ddpm"],
     "systems.autoencoder": ["AutoencoderSystem"],
-    "systems.latent_diffusion": ["LatentDiffusion"],
+    "systems.latent_diffusion": ["LatentDiffusion", "Sampling"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = sorted(_HOME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from allpet.augmentation import MaskedStack
@@ -33,3 +34,21 @@ class SinogramBatch(NamedTuple):
     patient_id: Tensor
     stack: MaskedStack | None = None
     symmetry: Tensor | None = None
+
+    def as_stack(self) -> Tensor:
+        """[positive, full, negative], ``(batch, 3, views, bins)``; without masks everything is positive."""
+        if self.stack is not None:
+            return self.stack.stack
+        return torch.cat([self.sinogram, self.sinogram, torch.zeros_like(self.sinogram)], dim=1)
+
+
+class PromptBatch(NamedTuple):
+    """What to generate.
+
+    Attributes:
+        prompt: tracer and region of each sample.
+        seed: seed of each sample, ``(batch,)``, int64; a sample depends on its seed and prompt alone.
+    """
+
+    prompt: Prompt
+    seed: Tensor

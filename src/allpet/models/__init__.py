@@ -1,0 +1,1 @@
+"""Networks. Nothing here knows noise schedules or training recipes."""

@@ -1,0 +1,193 @@
+"""Stage 1: the KL autoencoder over stacks [positive, full, negative]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from allpet.batches import SinogramBatch
+from allpet.geometry import ParallelBeam
+from allpet.losses import hinge_discriminator_loss, kl_divergence, ramp_filter, stack_loss
+from allpet.metrics import relative_l2
+from allpet.models.autoencoder import Autoencoder
+from allpet.models.discriminator import PatchDiscriminator
+from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.randomness import keyed_generator
+from allpet.systems.optimizers import cosine_adamw
+
+
+class AutoencoderSystem(LightningModule):
+    """Train an autoencoder on stacks: L1 + ramp-filtered L1 + KL, and a patch discriminator if one is given.
+
+    The data module supplies the scale of the data set and, in ``batch.stack``, the masks drawn by RMAS.
+
+    Args:
+        autoencoder: the network.
+        learning_rate: peak of AdamW's cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's weight decay.
+        kl_weight: weight of the KL divergence per latent element.
+        ramp_weight: weight of the error after ramp filtering, which is the image's error (``losses.ramp_filter``).
+        mask_weight: weight of the absolute error of the mask where there is activity.
+        discriminator: optional patch discriminator, trained in the same step.
+        adversarial_weight: weight of its verdict on reconstructions.
+        adversarial_start: first step at which the autoencoder listens to it.
+        seed: keys the posterior's noise.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        kl_weight: float = 1e-4,
+        ramp_weight: float = 1.0,
+        mask_weight: float = 0.1,
+        discriminator: PatchDiscriminator | None = None,
+        adversarial_weight: float = 0.1,
+        adversarial_start: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.discriminator = discriminator
+        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
+        self.kl_weight, self.ramp_weight, self.mask_weight = kl_weight, ramp_weight, mask_weight
+        self.adversarial_weight, self.adversarial_start, self.seed = adversarial_weight, adversarial_start, seed
+        self.geometry: ParallelBeam | None = None
+
+    def forward(self, stack: Tensor) -> Tensor:
+        """Reconstruct stacks in data units, ``(batch, 3, views, bins)``, from the posterior's mean."""
+        scaling = self.autoencoder.scaling
+        decoded, _ = self.autoencoder(scaling(stack))
+        return scaling.inverse(decoded.stack)
+
+    def setup(self, stage: str) -> None:
+        """Take geometry and scale from the data module; a scale that came with weights stays."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.geometry = data.geometry
+            if stage == "fit" and float(self.autoencoder.scaling.scale) == 1.0:
+                self.autoencoder.scaling.set_scale(data.scale)
+
+    def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
+        """One step: loss of the autoencoder plus, on detached stacks, of the discriminator."""
+        target = self.autoencoder.scaling(batch.as_stack())
+        shape = self.autoencoder.latent_shape(*target.shape[-2:])
+        noise = torch.stack(
+            [
+                torch.randn(shape, generator=keyed_generator(self.seed, self.current_epoch, sample, "posterior"))
+                for sample in batch.sample_id.tolist()
+            ]
+        )
+        decoded, posterior = self.autoencoder(target, noise.to(target.device))
+        losses = self._losses(decoded.stack, decoded.mask, target, batch)
+        losses["kl"] = kl_divergence(posterior.mean.float(), posterior.log_variance.float())
+        loss = self._total(losses)
+        if self.discriminator is not None:
+            fake = decoded.stack
+            listen = self.adversarial_weight * (self.global_step >= self.adversarial_start)
+            # The verdict on the reconstruction must move the autoencoder only, so it is asked of detached weights:
+            # one backward pass serves both players and automatic optimisation keeps accumulation, clipping and EMA.
+            weights = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+            losses["adversarial"] = -torch.func.functional_call(self.discriminator, weights, (fake,)).mean()
+            losses["discriminator"] = hinge_discriminator_loss(
+                self.discriminator(target), self.discriminator(fake.detach())
+            )
+            loss = loss + listen * losses["adversarial"] + losses["discriminator"]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()})
+        return loss
+
+    def validation_step(self, batch: SinogramBatch, batch_idx: int) -> None:
+        """Log the losses and the relative L2 error against the expected sinogram."""
+        target = self.autoencoder.scaling(batch.as_stack())
+        decoded, posterior = self.autoencoder(target)
+        losses = self._losses(decoded.stack, decoded.mask, target, batch)
+        losses["kl"] = kl_divergence(posterior.mean.float(), posterior.log_variance.float())
+        full = self.autoencoder.scaling.inverse(decoded.full)
+        size = len(batch.sinogram)
+        self.log("val/loss", self._total(losses), prog_bar=True, batch_size=size, sync_dist=True)
+        self.log("val/relative_l2", relative_l2(full, batch.expected).mean(), batch_size=size, sync_dist=True)
+        self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
+
+    def test_step(self, batch: SinogramBatch, batch_idx: int) -> None:
+        """Log the relative L2 error of reconstruction and of the noisy input against the expected sinogram."""
+        size = len(batch.sinogram)
+        error = relative_l2(self.reconstruct(batch), batch.expected).mean()
+        self.log("test/relative_l2", error, batch_size=size, sync_dist=True)
+        noisy = relative_l2(batch.sinogram, batch.expected).mean()
+        self.log("test/relative_l2_input", noisy, batch_size=size, sync_dist=True)
+
+    def predict_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
+        """Reconstruct the full sinograms of a batch."""
+        return self.reconstruct(batch)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and a cosine decay over the planned steps."""
+        return cosine_adamw(self, self.learning_rate, self.warmup_steps, self.weight_decay)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: SinogramBatch) -> Tensor:
+        """Return the reconstructed full sinograms in data units, ``(batch, 1, views, bins)``."""
+        scaling = self.autoencoder.scaling
+        decoded, _ = self.autoencoder(scaling(batch.as_stack()))
+        return scaling.inverse(decoded.full)
+
+    @torch.no_grad()
+    def measure_latents(self, batches: Iterable[SinogramBatch]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw latents per channel over a whole pass, each ``(latent_channels,)``."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in tqdm(batches, desc="Measuring latents", leave=False):
+            stack = self.autoencoder.scaling(batch.as_stack())
+            raw = self.autoencoder.encode(stack).mean.double().cpu()
+            count += raw.numel() // raw.shape[1]
+            total = total + raw.sum(dim=(0, 2, 3))
+            squares = squares + raw.square().sum(dim=(0, 2, 3))
+        if count == 0:
+            raise ValueError("There are no batches to measure latents on: give at least one.")
+        mean = total / count
+        return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write config.json, model.safetensors and README.md, the folder to share."""
+        config = {
+            "class": "AutoencoderSystem",
+            "geometry": None if self.geometry is None else self.geometry.to_dict(),
+            "autoencoder": self.autoencoder.config,
+        }
+        save_pretrained(folder, config, self.autoencoder.state_dict(), card)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> AutoencoderSystem:
+        """Load a folder written by ``save_pretrained``.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            ValueError: if the folder holds another kind of model or damaged weights.
+        """
+        config, weights = load_pretrained(folder, "AutoencoderSystem")
+        system = cls(Autoencoder(**config["autoencoder"]))
+        system.autoencoder.load_state_dict(weights)
+        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        return system.eval()
+
+    def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
+        losses = {"l1": stack_loss(output, target), "ramp": F.l1_loss(ramp_filter(output), ramp_filter(target))}
+        if self.autoencoder.stack_channels == 3 and batch.stack is not None:
+            # where nothing is emitted any mask is right
+            activity = target[:, 1:2].clamp(max=1)
+            losses["mask"] = ((mask - batch.stack.mask).abs() * activity).mean()
+        return losses
+
+    def _total(self, losses: dict[str, Tensor]) -> Tensor:
+        total = losses["l1"] + self.ramp_weight * losses["ramp"] + self.kl_weight * losses["kl"]
+        return total + self.mask_weight * losses["mask"] if "mask" in losses else total

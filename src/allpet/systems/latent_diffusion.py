@@ -1,0 +1,317 @@
+"""Stage 2: a diffusion model over the latents of a frozen stage-1 autoencoder, steered by tracer and region."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from allpet.batches import PromptBatch, SinogramBatch
+from allpet.diffusion.guidance import drop_prompt, guide
+from allpet.diffusion.samplers import StepCallback, sample_ddim, sample_ddpm
+from allpet.diffusion.schedule import Diffusion
+from allpet.geometry import ParallelBeam
+from allpet.models.autoencoder import Autoencoder
+from allpet.models.denoiser import Denoiser
+from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.prompts import Prompt
+from allpet.randomness import keyed_generator
+from allpet.symmetry import resample
+from allpet.systems.autoencoder import AutoencoderSystem
+from allpet.systems.optimizers import cosine_adamw
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Args:
+        sampler: "ddim" (deterministic given the seed, few steps) or "ddpm" (ancestral).
+        steps: denoiser calls per sample, 1..1000.
+        guidance: weight of the prompt; 1 is the plain conditional model.
+        eta: DDIM's share of fresh noise per step.
+        n_views: views of the sinogram to return; None keeps the training geometry's.
+        n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
+        counts: expected total counts per sinogram of Poisson noise to add; None returns the expected sinogram.
+        batch_size: samples per denoiser call.
+    """
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = 50
+    guidance: float = 1.0
+    eta: float = 0.0
+    n_views: int | None = None
+    n_bins: int | None = None
+    counts: float | None = None
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.counts is not None and not self.counts > 0:
+            raise ValueError(f"counts is {self.counts}, but must be positive: leave it out for noise-free sinograms.")
+
+    def geometry(self, trained: ParallelBeam) -> ParallelBeam:
+        """Return the geometry of the samples: the trained one with other numbers of views and bins, if asked for."""
+        n_bins = self.n_bins or trained.n_bins
+        return replace(
+            trained,
+            n_views=self.n_views or trained.n_views,
+            n_bins=n_bins,
+            bin_mm=trained.bin_mm * trained.n_bins / n_bins,
+        )
+
+
+class Samples(NamedTuple):
+    """Generated sinograms.
+
+    Attributes:
+        sinogram: ``(batch, 1, views, bins)`` in the data set's units, on ``geometry``.
+        stack: [positive, full, negative] as decoded, on the training geometry and without noise.
+        prompt: what was asked for.
+        seed: seed of each sample, ``(batch,)``.
+        geometry: where the views and bins of ``sinogram`` lie.
+    """
+
+    sinogram: Tensor
+    stack: Tensor
+    prompt: Prompt
+    seed: Tensor
+    geometry: ParallelBeam
+
+
+class _Frozen:
+    """Hold a network outside the module tree: not trained, not checkpointed, not copied by weight averaging."""
+
+    def __init__(self, network: Autoencoder) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
+        return self
+
+
+class LatentDiffusion(LightningModule):
+    """Latent diffusion with prompts (Rombach et al., arXiv 2112.10752, on the stacks of arXiv 2509.09130).
+
+    Args:
+        autoencoder: the trained stage-1 network, or the folder it was exported to.
+        denoiser: the network to train.
+        diffusion: noise schedule and training target.
+        learning_rate: peak of AdamW's cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: AdamW's weight decay.
+        prompt_dropout: probability of leaving open the tracer, the region, and both, each, in training.
+        sampling: how ``sample`` and ``predict`` draw.
+        seed: keys training noise, times and prompt dropout.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder | str,
+        denoiser: Denoiser,
+        diffusion: Diffusion = Diffusion(),  # noqa: B008 - frozen
+        learning_rate: float = 1e-4,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.0,
+        prompt_dropout: float = 0.1,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.geometry: ParallelBeam | None = None
+        if isinstance(autoencoder, (str, Path)):
+            stage1 = AutoencoderSystem.from_pretrained(autoencoder)
+            autoencoder, self.geometry = stage1.autoencoder, stage1.geometry
+        if autoencoder.latent_channels != denoiser.latent_channels:
+            raise ValueError(
+                f"The autoencoder has {autoencoder.latent_channels} latent channels and the denoiser "
+                f"{denoiser.latent_channels}: give the denoiser the autoencoder's number."
+            )
+        self._frozen = _Frozen(autoencoder)
+        self.denoiser, self.diffusion, self.sampling = denoiser, diffusion, sampling
+        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
+        self.prompt_dropout, self.seed = prompt_dropout, seed
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The frozen stage-1 network, on this module's device."""
+        return self._frozen.network.to(self.device)
+
+    def forward(self, noisy: Tensor, time: Tensor, prompt: Prompt, label: Tensor | None = None) -> Tensor:
+        """Predict the training target of noisy latents; shapes as in ``Denoiser``."""
+        return self.denoiser(noisy, time, prompt, label=label)
+
+    def setup(self, stage: str) -> None:
+        """Take the geometry from the data module.
+
+        Raises:
+            ValueError: if stage 1 was trained on another geometry.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        geometry = getattr(data, "geometry", None)
+        if geometry is None:
+            return
+        if self.geometry is not None and self.geometry != geometry:
+            raise ValueError(
+                f"Stage 1 was trained on {self.geometry}, the data are {geometry}: train stage 1 on these data first."
+            )
+        self.geometry = geometry
+
+    def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
+        """Mean squared error of the prediction at keyed random times and noise."""
+        generators = [
+            keyed_generator(self.seed, self.current_epoch, sample, "diffusion") for sample in batch.sample_id.tolist()
+        ]
+        time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators])
+        draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(self.device)
+        prompt = drop_prompt(batch.prompt, self.prompt_dropout, draws)
+        loss = self._loss(batch, time, generators, prompt)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: SinogramBatch, batch_idx: int) -> None:
+        """Log the same error at times and noise that are fixed for each slice."""
+        generators = [keyed_generator("validation", sample, "diffusion") for sample in batch.sample_id.tolist()]
+        time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators])
+        loss = self._loss(batch, time, generators, batch.prompt)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.sinogram), sync_dist=True)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> Samples:
+        """Generate one sinogram for each prompt and seed."""
+        return self.sample(batch.prompt, batch.seed.tolist())
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with warm-up and a cosine decay over the planned steps."""
+        return cosine_adamw(self, self.learning_rate, self.warmup_steps, self.weight_decay)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: Prompt,
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        progress: bool = False,
+        callback: StepCallback | None = None,
+    ) -> Samples:
+        """Generate sinograms.
+
+        Args:
+            prompt: one prompt per seed; index 0 leaves a half open.
+            seeds: one per sample; equal seeds and prompts give equal samples whatever the batch.
+            sampling: how to; None takes the system's own.
+            progress: whether to show a progress bar.
+            callback: called with (step, steps, estimate of the full sinograms in data units) after every step.
+
+        Raises:
+            ValueError: if prompts and seeds differ in number.
+            RuntimeError: if the training geometry is not known.
+        """
+        sampling = sampling or self.sampling
+        if len(prompt.tracer) != len(seeds):
+            raise ValueError(
+                f"There are {len(prompt.tracer)} prompts and {len(seeds)} seeds: give one seed per prompt."
+            )
+        if self.geometry is None:
+            raise RuntimeError("The training geometry is unknown: load the model with from_pretrained.")
+        stacks = [
+            self._sample_stack(
+                Prompt(prompt.tracer[start:stop], prompt.region[start:stop]),
+                seeds[start:stop],
+                sampling,
+                progress,
+                callback,
+            )
+            for start in range(0, len(seeds), sampling.batch_size)
+            for stop in [start + sampling.batch_size]
+        ]
+        stack = self.autoencoder.scaling.inverse(torch.cat(stacks))
+        geometry = sampling.geometry(self.geometry)
+        sinogram = stack[:, 1:2]
+        if geometry != self.geometry:
+            sinogram = resample(sinogram, self.geometry, geometry)
+        if sampling.counts is not None:
+            sinogram = add_counting_noise(sinogram, sampling.counts, [keyed_generator(s, "counts") for s in seeds])
+        return Samples(sinogram, stack, prompt, torch.tensor(list(seeds)), geometry)
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write config.json, model.safetensors (both stages) and README.md, the folder to share."""
+        config = {
+            "class": "LatentDiffusion",
+            "geometry": None if self.geometry is None else self.geometry.to_dict(),
+            "autoencoder": self.autoencoder.config,
+            "denoiser": self.denoiser.config,
+            "diffusion": self.diffusion.to_dict(),
+        }
+        weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
+        weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+        save_pretrained(folder, config, weights, card)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, sampling: Sampling = Sampling()) -> LatentDiffusion:
+        """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
+        config, weights = load_pretrained(folder, "LatentDiffusion")
+        parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+        for name, value in weights.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        autoencoder, denoiser = Autoencoder(**config["autoencoder"]), Denoiser(**config["denoiser"])
+        autoencoder.load_state_dict(parts["autoencoder"])
+        denoiser.load_state_dict(parts["denoiser"])
+        system = cls(autoencoder, denoiser, Diffusion(**config["diffusion"]), sampling=sampling)
+        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        return system.eval()
+
+    def _loss(self, batch: SinogramBatch, time: Tensor, generators: list[torch.Generator], prompt: Prompt) -> Tensor:
+        clean = self.encode(batch)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
+        noise, time = noise.to(clean), time.to(clean.device)
+        prediction = self(self.diffusion.add_noise(clean, noise, time), time, prompt, batch.symmetry)
+        return (prediction.float() - self.diffusion.target(clean, noise, time)).square().mean()
+
+    @torch.no_grad()
+    def encode(self, batch: SinogramBatch) -> Tensor:
+        """Standardised latents of a batch's stacks, ``(batch, latent_channels, rows, columns)``, float32."""
+        return self.autoencoder.encode_mean(self.autoencoder.scaling(batch.as_stack())).float()
+
+    def _sample_stack(
+        self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, progress: bool, callback: StepCallback | None
+    ) -> Tensor:
+        assert self.geometry is not None
+        shape = self.geometry.sinogram_shape
+        prompt = Prompt(prompt.tracer.to(self.device), prompt.region.to(self.device))
+        arguments: dict[str, Any] = {
+            "denoise": guide(self, prompt, sampling.guidance),
+            "shape": self.autoencoder.latent_shape(*shape),
+            "generators": [keyed_generator(seed, "sample") for seed in seeds],
+            "diffusion": self.diffusion,
+            "steps": sampling.steps,
+            "device": self.device,
+            "progress": progress,
+        }
+        if callback is not None:
+            arguments["callback"] = lambda step, steps, latent: callback(
+                step, steps, self.autoencoder.scaling.inverse(self.autoencoder.decode(latent, shape).full)
+            )
+        latent = sample_ddim(**arguments, eta=sampling.eta) if sampling.sampler == "ddim" else sample_ddpm(**arguments)
+        return self.autoencoder.decode(latent, shape).stack
+
+
+def add_counting_noise(sinogram: Tensor, counts: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Replace expected sinograms by Poisson realisations with a given expected total, kept in their own units.
+
+    Args:
+        sinogram: non-negative, ``(batch, 1, views, bins)``.
+        counts: expected total counts of each sinogram.
+        generators: one CPU generator per sinogram.
+
+    Returns:
+        the same shape; its expectation is the input.
+    """
+    noisy = []
+    for expected, generator in zip(sinogram.cpu(), generators, strict=True):
+        per_count = expected.sum().clamp(min=1e-12) / counts
+        noisy.append(torch.poisson(expected.clamp(min=0) / per_count, generator=generator) * per_count)
+    return torch.stack(noisy).to(sinogram)
