@@ -1,0 +1,71 @@
+# ALL-PET. `make` lists the targets; each is one short command that also works by hand.
+# Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
+# ARGS="..." is appended to the command line, PYTHON=... makes the environment, PIP_ARGS="..." is appended to pip's.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+DATA ?=
+KIND ?= auto
+SCALE ?= laptop
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+SCALE_FILE := experiments/scale/$(SCALE).yaml
+
+# what the user set, as options of the command line
+DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND))
+SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
+	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
+	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
+	$(if $(STEPS),--model.sampling.steps $(STEPS))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format train-vae train-ldm sample validate-data clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## Make .venv/ and install everything into it
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: name one with PYTHON=/path/to/python3."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]" $(PIP_ARGS)
+	@touch $@
+
+demo: $(READY) ## From nothing to a gallery of generated sinograms and images, in minutes
+	$(BIN)/python experiments/demo.py $(ARGS)
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## Lint, types, import contracts, every YAML parsed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_experiments.py
+
+format: $(READY) ## Format the code and sort its imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the same command resumes
+	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/vae.yaml -c $(SCALE_FILE) $(DATA_ARGS) $(ARGS)
+
+train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
+	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/ldm.yaml -c $(SCALE_FILE) $(DATA_ARGS) $(ARGS)
+
+sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
+	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)
+
+validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
+	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }
+	$(BIN)/python -m data_modules.validate "$(DATA)" --kind $(KIND) $(ARGS)
+
+clean: ## Remove caches and build products; outputs/ and .venv/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/allpet.egg-info
+	find src data_modules callbacks experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
