@@ -1,14 +1,22 @@
-"""Augmentations of sinograms: Radon masks (RMAS with DMM), as modules that draw and apply separately."""
+"""Augmentations of sinograms, as modules: Radon masks (RMAS with DMM) and exact symmetries.
+
+Each has ``draw`` (a pure function of a generator), ``apply`` (a pure function of what was drawn) and ``forward``, which
+does both. Drawing sample by sample and concatenating gives the same augmentation as drawing a batch.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from allpet import symmetry
+from allpet.geometry import ParallelBeam
 from allpet.masks import CellTable, cells_in_view, draw_cells, image_mask
 from allpet.projector import Radon
+from allpet.reconstruction import fbp
 
 
 class MaskedStack(NamedTuple):
@@ -100,8 +108,6 @@ class RadonMaskAugmentation(nn.Module):
             negative = sinogram - mask * sinogram
             positive = sinogram - negative
         else:
-            from allpet.reconstruction import fbp
-
             positive = self.radon.project(image_mask(cells, geometry, self.grid) * fbp(self.radon, sinogram))
             negative = sinogram - positive
         return MaskedStack(torch.cat([positive, sinogram, negative], dim=1), mask, cells)
@@ -109,3 +115,148 @@ class RadonMaskAugmentation(nn.Module):
     def forward(self, sinogram: Tensor, generator: torch.Generator) -> MaskedStack:
         """Draw and apply: ``(batch, 1, views, bins)`` to a ``MaskedStack``."""
         return self.apply(sinogram, self.draw(len(sinogram), generator))
+
+
+class SymmetryParameters(NamedTuple):
+    """What was done to the images of a batch, in this order.
+
+    Attributes:
+        gain: factor of the activity, ``(batch,)``.
+        dilation: factor of every length, ``(batch,)``.
+        mirrored: whether left and right were exchanged, ``(batch,)``, bool.
+        angle_rad: counter-clockwise rotation, ``(batch,)``.
+        translation_mm: movement to the right and upwards, ``(batch, 2)``.
+    """
+
+    gain: Tensor
+    dilation: Tensor
+    mirrored: Tensor
+    angle_rad: Tensor
+    translation_mm: Tensor
+
+    def label(self) -> Tensor:
+        """Return what a network is told of the augmentation, ``(batch, 7)`` float32; all zero for the identity.
+
+        Columns: cos(angle) - 1, sin(angle), mirrored, movement right and up in units of 100 mm, log dilation, log gain
+        (augment-conditioning of arXiv 2206.00364, section 5: zeros at sampling, so that nothing leaks).
+        """
+        return torch.stack(
+            [
+                self.angle_rad.cos() - 1,
+                self.angle_rad.sin(),
+                self.mirrored.float(),
+                *(self.translation_mm / 100).unbind(1),
+                self.dilation.log(),
+                self.gain.log(),
+            ],
+            dim=1,
+        )
+
+
+class SymmetryAugmentation(nn.Module):
+    """Exact symmetries of sinograms: rotation, reflection, translation, dilation and gain of the image.
+
+    By default only what permutes bins, so that Poisson noise stays Poisson noise and nothing turns negative; the other
+    operations interpolate between bins.
+
+    Args:
+        geometry: of the sinograms.
+        rotation: ``views`` (or True): by a random whole number of views; ``any``: by any angle; False: none.
+        reflection: whether left and right are exchanged in half of the samples.
+        translation_mm: largest movement in x and in y, mm.
+        dilation: smallest and largest factor.
+        gain: smallest and largest factor.
+        probability: of each operation, drawn independently for each sample.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        geometry: ParallelBeam,
+        rotation: bool | Literal["views", "any"] = True,
+        reflection: bool = True,
+        translation_mm: float = 0.0,
+        dilation: tuple[float, float] = (1.0, 1.0),
+        gain: tuple[float, float] = (1.0, 1.0),
+        probability: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if rotation not in (True, False, "views", "any"):
+            raise ValueError(f"rotation is {rotation!r}, but must be 'views', 'any', true or false.")
+        for name, (low, high) in {"dilation": dilation, "gain": gain}.items():
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"{name} is {(low, high)}, but must be (smallest, largest) with 0 < smallest <= largest."
+                )
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability is {probability}, but must lie in [0, 1].")
+        if not 0 <= translation_mm < geometry.field_of_view_mm:
+            raise ValueError(
+                f"translation_mm is {translation_mm}, but must lie between 0 and the radius of the field of view, "
+                f"{geometry.field_of_view_mm:g} mm."
+            )
+        self.geometry, self.probability, self.translation_mm = geometry, probability, translation_mm
+        self.rotation = "views" if rotation is True else rotation
+        self.reflection = reflection
+        self.dilation = (float(dilation[0]), float(dilation[1]))
+        self.gain = (float(gain[0]), float(gain[1]))
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> SymmetryParameters:
+        """Draw parameters for a batch, on the generator's device."""
+        done = torch.rand(batch_size, 5, generator=generator, device=generator.device) < self.probability
+        u = torch.rand(batch_size, 6, generator=generator, device=generator.device)
+
+        def log_uniform(v: Tensor, bounds: tuple[float, float]) -> Tensor:
+            low, high = map(math.log, bounds)
+            return (low + (high - low) * v).exp()
+
+        n_views = self.geometry.n_views
+        # In multiples of the angle between views, so that whole views stay whole.
+        angle = torch.floor(u[:, 3] * 2 * n_views) if self.rotation == "views" else u[:, 3] * 2 * n_views
+        one, zero = torch.ones_like(u[:, 0]), torch.zeros_like(u[:, 0])
+        return SymmetryParameters(
+            gain=torch.where(done[:, 0], log_uniform(u[:, 0], self.gain), one),
+            dilation=torch.where(done[:, 1], log_uniform(u[:, 1], self.dilation), one),
+            mirrored=done[:, 2] & (u[:, 2] < 0.5) & self.reflection,
+            angle_rad=torch.where(done[:, 3] & bool(self.rotation), angle * (math.pi / n_views), zero),
+            translation_mm=(2 * u[:, 4:] - 1) * self.translation_mm * done[:, 4:],
+        )
+
+    def apply(self, sinogram: Any, parameters: SymmetryParameters | None = None) -> Any:
+        """Apply drawn parameters.
+
+        With a function alone it does what ``nn.Module.apply`` does, so that models can hold augmentations.
+
+        Args:
+            sinogram: ``(batch, channel, views, bins)``; all channels are treated alike.
+            parameters: from ``draw``.
+
+        Returns:
+            The sinogram of the changed image, same shape and units.
+        """
+        if parameters is None:
+            return super().apply(sinogram)
+        n_views = self.geometry.n_views
+        gain, dilation, mirrored, angle, translation = parameters
+        if bool((gain != 1).any()):
+            sinogram = sinogram * gain.to(sinogram)[:, None, None, None]
+        if bool((dilation != 1).any()):
+            sinogram = symmetry.dilate(sinogram, self.geometry, dilation)
+        if bool(mirrored.any()):
+            flags = mirrored.to(sinogram.device)[:, None, None, None]
+            sinogram = torch.where(flags, symmetry.reflect_x(sinogram), sinogram)
+        views = angle * (n_views / math.pi)
+        if bool(((views - views.round()).abs() < 1e-4).all()):
+            sinogram = symmetry.roll_views(sinogram, views.round().long())
+        else:
+            sinogram = symmetry.rotate(sinogram, angle)
+        if bool((translation != 0).any()):
+            sinogram = symmetry.translate(sinogram, self.geometry, *translation.unbind(1))
+        return sinogram
+
+    def forward(self, sinogram: Tensor, generator: torch.Generator) -> tuple[Tensor, SymmetryParameters]:
+        """Draw and apply: the sinograms of the changed images, and what was changed."""
+        parameters = self.draw(len(sinogram), generator)
+        return self.apply(sinogram, parameters), parameters

@@ -11,7 +11,6 @@ a few rows of that table, which is as fast as memory allows.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -224,8 +223,3 @@ class CellTable:
 
     def __repr__(self) -> str:
         return f"CellTable({self.geometry}, grid={self.grid}, mask={self.mask!r}, dtype={self.dtype})"
-
-
-def count_masks(n_allowed: int, n_cells: tuple[int, int]) -> int:
-    """Return how many different masks can be drawn from so many cells."""
-    return sum(math.comb(n_allowed, k) for k in range(n_cells[0], n_cells[1] + 1))

@@ -16,8 +16,8 @@ blurred by a round Gaussian  every view blurred by the same Gaussian
 ===========================  ============================================================
 
 The continuation makes a sinogram over half a turn a function on a Moebius strip; ``extend`` gives its *double cover*,
-which is periodic over a full turn. Angles are treated there, by Fourier series. Along the bins a sinogram is taken to be
-zero beyond its ends and band-limited; an object must stay inside the field of view for that to hold.
+which is periodic over a full turn. Angles are treated there, by Fourier series. Along the bins a sinogram is taken to
+be zero beyond its ends and band-limited; an object must stay inside the field of view for that to hold.
 
 Operations that permute bins (``PRESERVES_POISSON``) keep independent Poisson counts what they are. The others mix
 neighbouring bins: apply them to expected sinograms, or before noise is added.
@@ -226,6 +226,6 @@ def _per_sample(value: Tensor | float, sinogram: Tensor) -> Tensor:
 def _check(sinogram: Tensor, geometry: ParallelBeam) -> None:
     if sinogram.ndim != 4 or tuple(sinogram.shape[-2:]) != geometry.sinogram_shape:
         raise ValueError(
-            f"The sinogram's shape is {tuple(sinogram.shape)}, but must be (batch, channel, *{geometry.sinogram_shape}) "
-            f"for {geometry}."
+            f"The sinogram's shape is {tuple(sinogram.shape)}, but {geometry} needs (batch, channel, "
+            f"{geometry.n_views}, {geometry.n_bins})."
         )
