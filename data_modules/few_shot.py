@@ -1,0 +1,138 @@
+"""Who is trained on: patient-wise splits and nested few-shot subsets.
+
+Both depend on patients' names alone, never on a seed, so that every run and every study splits the same data the same
+way, and n slices are always the first n of one fixed order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+
+class Split(NamedTuple):
+    """Slices of a data set by what they are used for.
+
+    Attributes:
+        train: indices of the slices to train on, in their order in the data set.
+        val: indices of the slices to validate on.
+        test: indices of the slices to test on; may be empty.
+    """
+
+    train: list[int]
+    val: list[int]
+    test: list[int]
+
+
+def patient_order(patients: Sequence[Hashable], groups: Sequence[Hashable]) -> list[Hashable]:
+    """Put patients in a fixed order in which the groups take turns.
+
+    The next patient always comes from the group that has the fewest slices so far, so that every beginning of the
+    order is balanced to within one patient; a group that has run out is passed over. Within a group, patients are
+    ordered by a hash of their names.
+
+    Args:
+        patients: patient of each slice.
+        groups: group of each slice, for example its prompt; a patient belongs to the group of its first slice.
+
+    Returns:
+        Each patient once.
+    """
+    size: dict[Hashable, int] = {}
+    members: dict[Hashable, list[Hashable]] = {}
+    for patient, group in zip(patients, groups, strict=True):
+        if patient not in size:
+            members.setdefault(group, []).append(patient)
+        size[patient] = size.get(patient, 0) + 1
+    waiting = {group: _shuffled(members[group], "order") for group in sorted(members, key=str)}
+    taken = dict.fromkeys(waiting, 0)
+    order = []
+    while waiting:
+        group = min(waiting, key=lambda group: taken[group])
+        order.append(waiting[group].pop(0))
+        taken[group] += size[order[-1]]
+        if not waiting[group]:
+            del waiting[group]
+    return order
+
+
+def nested_subset(patients: Sequence[Hashable], groups: Sequence[Hashable], n: int | None) -> list[int]:
+    """Choose n slices: whole patients in the order of ``patient_order``, the last one cut.
+
+    Subsets are nested: the slices chosen for n are the first n of those chosen for any larger number.
+
+    Args:
+        patients: patient of each slice.
+        groups: group of each slice.
+        n: number of slices; None for all.
+
+    Returns:
+        Indices of the chosen slices, patient by patient, each patient's slices in their given order.
+
+    Raises:
+        ValueError: if n is not between 1 and the number of slices.
+    """
+    if n is not None and not 1 <= n <= len(patients):
+        raise ValueError(
+            f"num_scans is {n}, but there are {len(patients)} training slices; ask for 1 to {len(patients)} of them, "
+            "or leave num_scans empty to use all."
+        )
+    slices: dict[Hashable, list[int]] = {}
+    for index, patient in enumerate(patients):
+        slices.setdefault(patient, []).append(index)
+    return [index for patient in patient_order(patients, groups) for index in slices[patient]][:n]
+
+
+def split_patients(patients: Sequence[Hashable], val_share: float = 0.1, test_share: float = 0.1) -> Split:
+    """Split slices so that no patient is in two parts.
+
+    Args:
+        patients: patient of each slice; at least two different ones.
+        val_share: share of the patients to validate on, at least one patient.
+        test_share: share of the patients to test on, at least one patient; none if there are only two.
+
+    Raises:
+        ValueError: if there is only one patient, or the shares leave nobody to train on.
+    """
+    names = _shuffled(list(dict.fromkeys(patients)), "split")
+    n_val = max(1, round(val_share * len(names)))
+    n_test = max(1, round(test_share * len(names))) if len(names) > 2 else 0
+    if n_val + n_test >= len(names):
+        raise ValueError(
+            f"{len(names)} patient(s) cannot be split into {n_val} for validation, {n_test} for the test and at least "
+            "one for training; add patients or lower the shares."
+        )
+    part = {name: 1 if i < n_val else 2 if i < n_val + n_test else 0 for i, name in enumerate(names)}
+    split = Split([], [], [])
+    for index, patient in enumerate(patients):
+        split[part[patient]].append(index)
+    return split
+
+
+def split_blocks(n: int, val_share: float = 0.1, test_share: float = 0.1) -> Split:
+    """Split slices of unknown or only one patient into contiguous blocks: first training, then validation, then test.
+
+    From ten slices on, a gap of 2 % of the slices (at least one) is left out between the blocks, because neighbouring
+    slices nearly repeat each other.
+
+    Raises:
+        ValueError: if there are fewer than three slices, or the shares leave nothing to train on.
+    """
+    gap = max(1, round(0.02 * n)) if n >= 10 else 0
+    n_val, n_test = max(1, round(val_share * n)), max(1, round(test_share * n))
+    n_train = n - n_val - n_test - 2 * gap
+    if n_train < 1:
+        raise ValueError(
+            f"{n} slice(s) cannot be split into {n_val} for validation, {n_test} for the test and at least one for "
+            "training; add slices or lower the shares."
+        )
+    first_val = n_train + gap
+    return Split(
+        list(range(n_train)), list(range(first_val, first_val + n_val)), list(range(first_val + n_val + gap, n))
+    )
+
+
+def _shuffled(names: list[Hashable], purpose: str) -> list[Hashable]:
+    """Order names by a hash, so that adding or removing one moves no other."""
+    return sorted(names, key=lambda name: hashlib.blake2b(f"{purpose}\x1f{name}".encode()).digest())
