@@ -67,5 +67,5 @@ validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	$(BIN)/python -m data_modules.validate "$(DATA)" --kind $(KIND) $(ARGS)
 
 clean: ## Remove caches and build products; outputs/ and .venv/ stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/allpet.egg-info
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src data_modules callbacks experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

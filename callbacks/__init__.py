@@ -1,0 +1,10 @@
+"""What watches and steers a training: name these classes in the callbacks of a YAML file."""
+
+from callbacks.export import ExportPretrained
+from callbacks.latent_statistics import LatentStatistics
+from callbacks.memory import PeakMemory
+from callbacks.panels import Panels
+from callbacks.run_checkpoint import RunCheckpoint
+from callbacks.sample_writer import SampleWriter
+
+__all__ = ["ExportPretrained", "LatentStatistics", "Panels", "PeakMemory", "RunCheckpoint", "SampleWriter"]

@@ -1,0 +1,106 @@
+"""Export: the folder to share."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import allpet
+
+_STAGES = {
+    "AutoencoderSystem": "Stage 1 of ALL-PET: a KL autoencoder of PET sinograms.",
+    "LatentDiffusion": "Stage 2 of ALL-PET: latent diffusion of PET sinograms, steered by tracer and region.",
+}
+
+
+class ExportPretrained(Callback):
+    """When training ends, write ``pretrained/`` in the run's folder: config.json, model.safetensors and a card.
+
+    Placed after weight averaging and ``LatentStatistics`` in the list of callbacks, it exports averaged weights with
+    their statistics. Weights that are not finite are not exported.
+
+    Args:
+        folder: where to; None means ``pretrained/`` in the run's folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export, on the first process."""
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return
+        broken = [name for name, value in pl_module.named_parameters() if not torch.isfinite(value).all()]
+        if broken:
+            print(
+                f"WARNING: {broken[0]} and {len(broken) - 1} other weights are not finite, so nothing is exported: "
+                "lower the learning rate and train again."
+            )
+            return
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "pretrained")
+        pl_module.save_pretrained(folder, card=card(trainer, pl_module))  # type: ignore[operator]
+        print(f"Exported to {folder}")
+
+
+def card(trainer: Trainer, system: LightningModule) -> str:
+    """Write the model card: what the weights are, what they were trained on, what they are good for."""
+    kind = type(system).__name__
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    summary = {"data module": type(data).__name__, **(data.summary() if hasattr(data, "summary") else {})}
+    weights = sum(value.numel() for value in system.parameters())
+    geometry = getattr(system, "geometry", None)
+    metrics = {
+        name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if name.startswith("val/")
+    }
+    usage = f"from allpet import {kind}\n\nsystem = {kind}.from_pretrained(FOLDER)"
+    return "\n".join(
+        [
+            "---",
+            "license: gpl-3.0",
+            "library_name: allpet",
+            "tags: [pet, sinogram, synthetic-data]",
+            "---",
+            f"# {kind}",
+            "",
+            _STAGES.get(kind, "A model of PET sinograms."),
+            f"{weights:,} parameters, {trainer.global_step:,} optimiser steps, {geometry!r}.",
+            f"Trained with allpet {allpet.__version__} and torch {torch.__version__}, {date.today().isoformat()}.",
+            "",
+            "```python",
+            usage,
+            "```",
+            "",
+            "## Trained on",
+            *_table(summary),
+            "",
+            "## Scores on the validation set when training ended",
+            *(_table(metrics) if metrics else ["None was measured."]),
+            "",
+            "## Use",
+            "Research only; not a medical device and not for diagnosis. What the model makes is synthetic: say so.",
+            "It knows the tracers, regions and patients it was trained on and nothing else: check what it makes against",
+            "held-out data before you rely on it.",
+            "",
+        ]
+    )
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    rows = ["| | |", "| --- | --- |"]
+    for name, value in values.items():
+        if not isinstance(value, str):
+            value = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str)
+        text = (
+            f"{value:.4g}"
+            if isinstance(value, float)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value, default=str)
+        )
+        rows.append(f"| {name} | {text.replace('|', '/')} |")
+    return rows

@@ -1,0 +1,130 @@
+"""Pictures of sinograms and images, drawn without global state so that they work in any process.
+
+Colour ranges are always given, so that pictures of different moments can be compared. Activity is shown dark on light,
+as clinical PET images are; differences are blue (too little) to red (too much).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+ACTIVITY = "gray_r"
+DIFFERENCE = "RdBu_r"
+
+
+class Tile(NamedTuple):
+    """One picture in a grid.
+
+    Attributes:
+        values: ``(rows, columns)`` or ``(views, bins)``.
+        limits: values of the two ends of the colour range.
+        title: what stands above it.
+        colours: name of a matplotlib colour map.
+    """
+
+    values: Tensor
+    limits: tuple[float, float]
+    title: str = ""
+    colours: str = ACTIVITY
+
+
+def draw_grid(
+    rows: Sequence[Sequence[Tile]], labels: Sequence[str], title: str = "", tile_inches: float = 1.3
+) -> Figure:
+    """Draw rows of tiles.
+
+    Args:
+        rows: equally long rows.
+        labels: what stands to the left of each row.
+        title: what stands above all.
+        tile_inches: width and height of a tile.
+    """
+    figure, axes = _grid(len(rows), len(rows[0]), title, tile_inches)
+    for line, tiles, label in zip(axes, rows, labels, strict=True):
+        for axis, tile in zip(line, tiles, strict=True):
+            _show(axis, tile)
+        line[0].set_ylabel(label, fontsize=7)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    figure.savefig(scratch, format="png", dpi=120)
+    os.replace(scratch, path)
+    return path
+
+
+def save_animation(frames: Sequence[Sequence[Sequence[Tile]]], labels: Sequence[str], path: str | Path) -> Path:
+    """Write an animated GIF.
+
+    Args:
+        frames: for each moment, rows of tiles as in ``draw_grid``; shapes and colour ranges are the first moment's.
+        labels: what stands above all at each moment.
+        path: where to; written whole or not at all.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = _grid(len(frames[0]), len(frames[0][0]), " ", 1.3)
+    shown = [
+        [_show(axis, tile) for axis, tile in zip(line, tiles, strict=True)]
+        for line, tiles in zip(axes, frames[0], strict=True)
+    ]
+
+    def update(moment: int) -> list[AxesImage]:
+        figure.suptitle(labels[moment], fontsize=9)
+        for line, tiles in zip(shown, frames[moment], strict=True):
+            for picture, tile in zip(line, tiles, strict=True):
+                picture.set_data(tile.values.detach().float().cpu().numpy())
+        return [picture for line in shown for picture in line]
+
+    # the last moment stays longer: it is the result
+    order = [*range(len(frames)), *[len(frames) - 1] * 8]
+    scratch = path.with_name(f".{path.name}.part")
+    FuncAnimation(figure, update, frames=order).save(str(scratch), writer=PillowWriter(fps=8), dpi=90)
+    os.replace(scratch, path)
+    return path
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """Render a figure, ``(rows, columns, 3)``, uint8: what loggers take as an image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def top(values: Tensor) -> float:
+    """Upper end of a colour range: the 99.8th percentile of positive activity, at least a little above zero."""
+    return max(float(values.detach().float().flatten().quantile(0.998)), 1e-6)
+
+
+def _grid(n_rows: int, n_columns: int, title: str, inches: float) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(inches * n_columns + 0.4, (inches + 0.25) * n_rows + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, axes
+
+
+def _show(axis: Axes, tile: Tile) -> AxesImage:
+    low, high = tile.limits
+    axis.set_title(tile.title, fontsize=7)
+    values = tile.values.detach().float().cpu().numpy()
+    return axis.imshow(values, cmap=tile.colours, vmin=low, vmax=high, interpolation="nearest", aspect="auto")

@@ -1,0 +1,77 @@
+"""Latent statistics: what stage 2 needs to know about stage 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from allpet import AutoencoderSystem
+
+
+class LatentStatistics(Callback):
+    """When stage 1 ends, measure the latents' mean and standard deviation per channel and store them with the weights.
+
+    One full pass over the training set; then a pass over the validation set tells whether the standardised latents have
+    a standard deviation of 1 there too. Must stand after weight averaging and before ``ExportPretrained``.
+
+    Args:
+        tolerance: how far a channel's standard deviation on the validation set may lie from 1 before a warning.
+    """
+
+    def __init__(self, tolerance: float = 0.1) -> None:
+        self.tolerance = tolerance
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other systems.
+
+        Raises:
+            TypeError: if the system has no latents to measure.
+        """
+        if not isinstance(pl_module, AutoencoderSystem):
+            raise TypeError(
+                f"Latent statistics belong to stage 1, not to {type(pl_module).__name__}: remove "
+                "callbacks.LatentStatistics."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, store, check and log."""
+        assert isinstance(pl_module, AutoencoderSystem)
+        training = pl_module.training
+        pl_module.eval()
+        mean, std = self._measure(trainer, pl_module, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        pl_module.autoencoder.set_latent_statistics(mean, std)
+        trainer.validating = True  # so that the data module draws as it does in validation
+        raw_mean, raw_std = self._measure(trainer, pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        trainer.training = True
+        pl_module.train(training)
+        scaled_mean, scaled_std = (raw_mean - mean) / std, raw_std / std
+        values = {f"latent/mean_{i}": float(value) for i, value in enumerate(scaled_mean)}
+        values |= {f"latent/std_{i}": float(value) for i, value in enumerate(scaled_std)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        if trainer.is_global_zero:
+            print(f"Latents, standardised, on the validation set: std {_text(scaled_std)}, mean {_text(scaled_mean)}")
+            if not ((scaled_std - 1).abs() <= self.tolerance).all():
+                print(
+                    f"WARNING: a channel's standard deviation is not 1 +- {self.tolerance:g}: training and validation "
+                    "data differ, or stage 1 has hardly been trained."
+                )
+
+    @staticmethod
+    def _measure(trainer: Trainer, system: AutoencoderSystem, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
+        mean, std = system.measure_latents(batches)
+        mean, std = mean.to(system.device), std.to(system.device)
+        if trainer.world_size == 1:
+            return mean, std
+        # each process saw its share: combine the moments
+        squares = trainer.strategy.reduce(std.square() + mean.square(), reduce_op="mean")
+        mean = trainer.strategy.reduce(mean, reduce_op="mean")
+        return mean, (squares - mean.square()).clamp(min=0).sqrt()
+
+
+def _text(values: Tensor) -> str:
+    return " ".join(f"{value:.2f}" for value in values.tolist())

@@ -1,0 +1,180 @@
+"""Sample writer: generated sinograms to disk, and pictures of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+import allpet
+from allpet import LatentDiffusion, ParallelBeam, Prompt, Radon, fbp
+from allpet.systems.latent_diffusion import Samples
+from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
+
+
+class SampleWriter(Callback):
+    """Write what ``allpet predict`` generates.
+
+    ``samples.h5`` holds ``sinogram`` (n, views, bins), ``image`` (n, rows, columns; FBP), ``seed`` (n,) and ``prompt``
+    (n,), and says in its attributes that it is synthetic, in which units and geometry, and how it was sampled;
+    ``gallery.png`` shows sinograms with their images, ``transition.gif`` how the first ones emerge from noise. All lie
+    in the run's folder; with several processes each writes its own.
+
+    Args:
+        n_gallery: samples in the gallery.
+        n_transition: samples in the animation; 0 draws none.
+    """
+
+    def __init__(self, n_gallery: int = 16, n_transition: int = 4) -> None:
+        self.n_gallery, self.n_transition = n_gallery, n_transition
+        self._file: h5py.File | None = None
+        self._radon: Radon | None = None
+        self._shown: list[tuple[Tensor, Tensor, str]] = []
+        self._asked: list[tuple[str, int]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse systems that do not generate.
+
+        Raises:
+            TypeError: if the system is not of stage 2.
+        """
+        if stage == "predict" and not isinstance(pl_module, LatentDiffusion):
+            raise TypeError(f"Samples come from stage 2, not from {type(pl_module).__name__}: name a stage-2 folder.")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Samples,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append a batch."""
+        if self._radon is None:
+            self._radon = Radon(outputs.geometry)
+        images = fbp(self._radon, outputs.sinogram.float())
+        names, seeds = outputs.prompt.names(), outputs.seed.tolist()
+        if self._file is None:
+            self._file = self._create(trainer, pl_module, outputs.geometry)
+        _append(self._file["sinogram"], outputs.sinogram[:, 0].float().cpu().numpy())
+        _append(self._file["image"], images[:, 0].cpu().numpy())
+        _append(self._file["seed"], np.asarray(seeds, dtype=np.int64))
+        _append(self._file["prompt"], np.asarray(names, dtype=object))
+        for i in range(min(len(names), self.n_gallery - len(self._shown))):
+            self._shown.append((outputs.sinogram[i, 0].cpu(), images[i, 0].cpu(), f"{names[i]}\nseed {seeds[i]}"))
+        self._asked += list(zip(names, seeds, strict=True))[: self.n_transition - len(self._asked)]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file, draw the gallery and the animation, and say where they are."""
+        if self._file is None:
+            return
+        path = self._path(trainer, "samples.h5")
+        self._file.close()
+        os.replace(path.with_name(f".{path.name}.part"), path)
+        self._file = None
+        written = [path, save_figure(gallery(self._shown), self._path(trainer, "gallery.png"))]
+        if self._asked:
+            assert isinstance(pl_module, LatentDiffusion)
+            names, seeds = zip(*self._asked, strict=True)
+            written.append(transition(pl_module, names, seeds, self._path(trainer, "transition.gif")))
+        print("Wrote", ", ".join(map(str, written)))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no half-written file."""
+        if self._file is not None:
+            name = Path(self._file.filename)
+            self._file.close()
+            self._file = None
+            name.unlink(missing_ok=True)
+
+    def _create(self, trainer: Trainer, system: LightningModule, geometry: ParallelBeam) -> h5py.File:
+        path = self._path(trainer, "samples.h5")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = h5py.File(path.with_name(f".{path.name}.part"), "w")
+        for name, shape in (("sinogram", geometry.sinogram_shape), ("image", geometry.image_shape)):
+            file.create_dataset(
+                name, (0, *shape), "float32", maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
+            )
+        file.create_dataset("seed", (0,), "int64", maxshape=(None,))
+        file.create_dataset("prompt", (0,), h5py.string_dtype(), maxshape=(None,))
+        file["sinogram"].attrs.update(axes="slice, view, bin", units="activity x mm, in the units of the training data")
+        file["image"].attrs.update(axes="slice, row, column", units="activity, by filtered backprojection (Hann)")
+        file.attrs.update(
+            provenance="synthetic",
+            generator=f"allpet {allpet.__version__} {type(system).__name__}",
+            geometry=json.dumps(geometry.to_dict()),
+            sampling=repr(getattr(system, "sampling", None)),
+        )
+        return file
+
+    @staticmethod
+    def _path(trainer: Trainer, name: str) -> Path:
+        stem, suffix = name.split(".")
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        return Path(trainer.default_root_dir) / f"{stem}{rank}.{suffix}"
+
+
+def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], n_columns: int = 4) -> Any:
+    """Draw sinograms, each with its image to the right.
+
+    Args:
+        samples: sinogram ``(views, bins)``, image ``(rows, columns)`` and title of each.
+        n_columns: samples per row.
+
+    Returns:
+        a matplotlib figure.
+    """
+    tiles = [
+        [Tile(sinogram, (0, top(sinogram)), title), Tile(image, (0, top(image)), "FBP")]
+        for sinogram, image, title in samples
+    ]
+    while len(tiles) % n_columns and len(tiles) > n_columns:
+        tiles.append([Tile(tiles[0][0].values * 0, (0, 1)), Tile(tiles[0][1].values * 0, (0, 1))])
+    width = min(n_columns, len(tiles))
+    rows = [[tile for pair in tiles[start : start + width] for tile in pair] for start in range(0, len(tiles), width)]
+    return draw_grid(rows, [""] * len(rows), "synthetic sinograms and their reconstructions")
+
+
+def transition(system: LatentDiffusion, prompts: Sequence[str], seeds: Sequence[int], path: str | Path) -> Path:
+    """Animate how samples emerge: the estimate of the final sinogram after every denoising step, above its image.
+
+    Args:
+        system: stage 2.
+        prompts: ``tracer:region`` of each.
+        seeds: of each.
+        path: where to write the GIF.
+    """
+    assert system.geometry is not None
+    radon = Radon(system.geometry)
+    moments: list[tuple[Tensor, Tensor, str]] = []
+
+    def remember(step: int, steps: int, sinogram: Tensor) -> None:
+        moments.append((sinogram.cpu(), fbp(radon, sinogram.float()).cpu(), f"synthetic, step {step} of {steps}"))
+
+    system.sample(Prompt.of(list(prompts)), list(seeds), callback=remember)
+    last_sinograms, last_images, _ = moments[-1]
+    frames = [
+        [
+            [
+                Tile(s[0], (0, top(last[0])), name)
+                for s, last, name in zip(sinograms, last_sinograms, prompts, strict=True)
+            ],
+            [Tile(i[0], (0, top(last[0])), "FBP") for i, last in zip(images, last_images, strict=True)],
+        ]
+        for sinograms, images, _ in moments
+    ]
+    return save_animation(frames, [label for _, _, label in moments], path)
+
+
+def _append(dataset: h5py.Dataset, values: np.ndarray) -> None:
+    start = len(dataset)
+    dataset.resize(start + len(values), axis=0)
+    dataset[start:] = values
