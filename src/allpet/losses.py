@@ -17,22 +17,24 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 
-def ramp_filter(sinogram: Tensor) -> Tensor:
-    """Weight the radial frequencies of a sinogram by |frequency|, as filtered back-projection does.
+def weight_by_frequency(sinogram: Tensor, power: float = 0.5) -> Tensor:
+    """Weight the radial frequencies of a sinogram by |frequency| ** power.
 
-    The squared norm of the result is, up to a constant, that of the image: by Plancherel and the projection-slice
-    theorem, errors that are small in a sinogram and large in its reconstruction become visible to a loss.
+    With power 1/2 the squared norm of the result is, up to a constant, that of the reconstructed image (projection-slice
+    theorem and Plancherel): errors that are small in a sinogram and large in its image become visible to a loss. Power
+    1 is the ramp filter of filtered backprojection.
 
     Args:
         sinogram: ``(batch, channel, views, bins)``.
+        power: exponent of the weight.
 
     Returns:
-        the same shape; 1 at the Nyquist frequency, 0 at zero.
+        the same shape; weight 1 at the Nyquist frequency, 0 at frequency 0.
     """
     n_bins = sinogram.shape[-1]
     spectrum = torch.fft.rfft(sinogram.float(), n=2 * n_bins, dim=-1)
-    ramp = torch.linspace(0, 1, spectrum.shape[-1], device=sinogram.device)
-    return torch.fft.irfft(spectrum * ramp, n=2 * n_bins, dim=-1)[..., :n_bins]
+    weight = torch.linspace(0, 1, spectrum.shape[-1], device=sinogram.device) ** power
+    return torch.fft.irfft(spectrum * weight, n=2 * n_bins, dim=-1)[..., :n_bins]
 
 
 def stack_loss(output: Tensor, target: Tensor) -> Tensor:

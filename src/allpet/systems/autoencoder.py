@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from allpet.batches import SinogramBatch
 from allpet.geometry import ParallelBeam
-from allpet.losses import hinge_discriminator_loss, kl_divergence, ramp_filter, stack_loss
+from allpet.losses import hinge_discriminator_loss, kl_divergence, stack_loss, weight_by_frequency
 from allpet.metrics import relative_l2
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
@@ -24,7 +24,7 @@ from allpet.systems.optimizers import cosine_adamw
 
 
 class AutoencoderSystem(LightningModule):
-    """Train an autoencoder on stacks: L1 + ramp-filtered L1 + KL, and a patch discriminator if one is given.
+    """Train an autoencoder on stacks: L1 + frequency-weighted L1 + KL, and a patch discriminator if one is given.
 
     The data module supplies the scale of the data set and, in ``batch.stack``, the masks drawn by RMAS.
 
@@ -34,7 +34,7 @@ class AutoencoderSystem(LightningModule):
         warmup_steps: steps of linear warm-up.
         weight_decay: AdamW's weight decay.
         kl_weight: weight of the KL divergence per latent element.
-        ramp_weight: weight of the error after ramp filtering, which is the image's error (``losses.ramp_filter``).
+        image_weight: weight of the error after ``losses.weight_by_frequency``, which counts as it would in the image.
         mask_weight: weight of the absolute error of the mask where there is activity.
         discriminator: optional patch discriminator, trained in the same step.
         adversarial_weight: weight of its verdict on reconstructions.
@@ -49,7 +49,7 @@ class AutoencoderSystem(LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
         kl_weight: float = 1e-4,
-        ramp_weight: float = 1.0,
+        image_weight: float = 1.0,
         mask_weight: float = 0.1,
         discriminator: PatchDiscriminator | None = None,
         adversarial_weight: float = 0.1,
@@ -60,7 +60,7 @@ class AutoencoderSystem(LightningModule):
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
-        self.kl_weight, self.ramp_weight, self.mask_weight = kl_weight, ramp_weight, mask_weight
+        self.kl_weight, self.image_weight, self.mask_weight = kl_weight, image_weight, mask_weight
         self.adversarial_weight, self.adversarial_start, self.seed = adversarial_weight, adversarial_start, seed
         self.geometry: ParallelBeam | None = None
 
@@ -181,7 +181,7 @@ class AutoencoderSystem(LightningModule):
         return system.eval()
 
     def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
-        losses = {"l1": stack_loss(output, target), "ramp": F.l1_loss(ramp_filter(output), ramp_filter(target))}
+        losses = {"l1": stack_loss(output, target), "image": F.l1_loss(weight_by_frequency(output), weight_by_frequency(target))}
         if self.autoencoder.stack_channels == 3 and batch.stack is not None:
             # where nothing is emitted any mask is right
             activity = target[:, 1:2].clamp(max=1)
@@ -189,5 +189,5 @@ class AutoencoderSystem(LightningModule):
         return losses
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
-        total = losses["l1"] + self.ramp_weight * losses["ramp"] + self.kl_weight * losses["kl"]
+        total = losses["l1"] + self.image_weight * losses["image"] + self.kl_weight * losses["kl"]
         return total + self.mask_weight * losses["mask"] if "mask" in losses else total
