@@ -7,7 +7,7 @@ does both. Drawing sample by sample and concatenating gives the same augmentatio
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class RadonMaskAugmentation(nn.Module):
         """Draw cells for a batch, ``(batch, n_cells[1])`` int64 padded with -1, on the generator's device."""
         return draw_cells(batch_size, self.grid, self.n_cells, generator, self._allowed)
 
-    def apply(self, sinogram: Any, cells: Tensor | None = None) -> Any:
+    def apply(self, sinogram: Tensor, cells: Tensor | None = None) -> MaskedStack:  # type: ignore[override]
         """Mask sinograms with the drawn cells, on the sinogram's device.
 
         With a function alone it does what ``nn.Module.apply`` does, so that models can hold augmentations.
@@ -93,7 +93,7 @@ class RadonMaskAugmentation(nn.Module):
             ValueError: if the shapes do not fit the geometry or each other.
         """
         if cells is None:
-            return super().apply(sinogram)
+            return super().apply(sinogram)  # type: ignore[arg-type, return-value]
         geometry = self.radon.geometry
         if sinogram.shape != (len(cells), 1, *geometry.sinogram_shape):
             raise ValueError(
@@ -108,7 +108,8 @@ class RadonMaskAugmentation(nn.Module):
             negative = sinogram - mask * sinogram
             positive = sinogram - negative
         else:
-            positive = self.radon.project(image_mask(cells, geometry, self.grid) * fbp(self.radon, sinogram))
+            image = fbp(self.radon, sinogram, window="ramp")  # a window would leave edges to the negative
+            positive = self.radon.project(image_mask(cells, geometry, self.grid) * image)
             negative = sinogram - positive
         return MaskedStack(torch.cat([positive, sinogram, negative], dim=1), mask, cells)
 
@@ -224,7 +225,9 @@ class SymmetryAugmentation(nn.Module):
             translation_mm=(2 * u[:, 4:] - 1) * self.translation_mm * done[:, 4:],
         )
 
-    def apply(self, sinogram: Any, parameters: SymmetryParameters | None = None) -> Any:
+    def apply(  # type: ignore[override]
+        self, sinogram: Tensor, parameters: SymmetryParameters | None = None
+    ) -> Tensor:
         """Apply drawn parameters.
 
         With a function alone it does what ``nn.Module.apply`` does, so that models can hold augmentations.
@@ -237,7 +240,7 @@ class SymmetryAugmentation(nn.Module):
             The sinogram of the changed image, same shape and units.
         """
         if parameters is None:
-            return super().apply(sinogram)
+            return super().apply(sinogram)  # type: ignore[arg-type, return-value]
         n_views = self.geometry.n_views
         gain, dilation, mirrored, angle, translation = parameters
         if bool((gain != 1).any()):
