@@ -217,7 +217,7 @@ def _filter_bins(sinogram: Tensor, transfer: Tensor) -> Tensor:
 
 def _per_sample(value: Tensor | float, sinogram: Tensor) -> Tensor:
     """Shape a number or ``(batch,)`` to multiply ``(batch, channel, views, bins)``."""
-    value = torch.as_tensor(value).to(sinogram)
+    value = torch.as_tensor(value, dtype=sinogram.dtype, device=sinogram.device)
     if value.ndim and value.shape != (len(sinogram),):
         raise ValueError(f"A parameter has shape {tuple(value.shape)}, but must be one number or ({len(sinogram)},).")
     return value.expand(len(sinogram))[:, None, None, None]
