@@ -201,28 +201,25 @@ class SymmetryAugmentation(nn.Module):
         self.geometry, self.probability, self.translation_mm = geometry, probability, translation_mm
         self.rotation = "views" if rotation is True else rotation
         self.reflection = reflection
-        self.dilation = (float(dilation[0]), float(dilation[1]))
-        self.gain = (float(gain[0]), float(gain[1]))
+        self._log_factors = [(math.log(low), math.log(high)) for low, high in (gain, dilation)]
 
     def draw(self, batch_size: int, generator: torch.Generator) -> SymmetryParameters:
         """Draw parameters for a batch, on the generator's device."""
-        done = torch.rand(batch_size, 5, generator=generator, device=generator.device) < self.probability
-        u = torch.rand(batch_size, 6, generator=generator, device=generator.device)
-
-        def log_uniform(v: Tensor, bounds: tuple[float, float]) -> Tensor:
-            low, high = map(math.log, bounds)
-            return (low + (high - low) * v).exp()
-
-        n_views = self.geometry.n_views
+        u = torch.rand(batch_size, 11, generator=generator, device=generator.device)
+        done = (u[:, 6:] < self.probability).float()
+        gain, dilation = (
+            (low + (high - low) * u[:, i]) * done[:, i] for i, (low, high) in enumerate(self._log_factors)
+        )
         # In multiples of the angle between views, so that whole views stay whole.
-        angle = torch.floor(u[:, 3] * 2 * n_views) if self.rotation == "views" else u[:, 3] * 2 * n_views
-        one, zero = torch.ones_like(u[:, 0]), torch.zeros_like(u[:, 0])
+        angle = u[:, 3] * (2 * self.geometry.n_views)
+        if self.rotation != "any":
+            angle = angle.floor()
         return SymmetryParameters(
-            gain=torch.where(done[:, 0], log_uniform(u[:, 0], self.gain), one),
-            dilation=torch.where(done[:, 1], log_uniform(u[:, 1], self.dilation), one),
-            mirrored=done[:, 2] & (u[:, 2] < 0.5) & self.reflection,
-            angle_rad=torch.where(done[:, 3] & bool(self.rotation), angle * (math.pi / n_views), zero),
-            translation_mm=(2 * u[:, 4:] - 1) * self.translation_mm * done[:, 4:],
+            gain=gain.exp(),
+            dilation=dilation.exp(),
+            mirrored=u[:, 2] < 0.5 * done[:, 2] * self.reflection,
+            angle_rad=angle * done[:, 3] * (math.pi / self.geometry.n_views * bool(self.rotation)),
+            translation_mm=(2 * u[:, 4:6] - 1) * (done[:, 4:] * self.translation_mm),
         )
 
     def apply(  # type: ignore[override]
@@ -251,7 +248,7 @@ class SymmetryAugmentation(nn.Module):
             flags = mirrored.to(sinogram.device)[:, None, None, None]
             sinogram = torch.where(flags, symmetry.reflect_x(sinogram), sinogram)
         views = angle * (n_views / math.pi)
-        if bool(((views - views.round()).abs() < 1e-4).all()):
+        if bool(((views - views.round()).abs() < 1e-3).all()):
             sinogram = symmetry.roll_views(sinogram, views.round().long())
         else:
             sinogram = symmetry.rotate(sinogram, angle)
