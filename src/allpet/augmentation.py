@@ -40,7 +40,7 @@ class RadonMaskAugmentation(nn.Module):
     A few cells of a grid over the image are projected to a sinogram mask M, and a sinogram y becomes the stack
     [positive, full, negative] = [M y, y, (1 - M) y]. M y is in general not the sinogram of any image;
     ``domain="image"`` masks the image instead and projects: positive = R(m FBP(y)), negative = y - positive, which are
-    sinograms of images as far as y itself is.
+    sinograms of images as far as y itself is; M then only says which rays met the mask, and positive is not M y.
 
     Cells are drawn from those whose centre lies in the field of view; the image's corners are never measured.
 
