@@ -51,7 +51,7 @@ def card(trainer: Trainer, system: LightningModule) -> str:
     """Write the model card: what the weights are, what they were trained on, what they are good for."""
     kind = type(system).__name__
     data = trainer.datamodule  # type: ignore[attr-defined]
-    summary = {"data module": type(data).__name__, **(data.summary() if hasattr(data, "summary") else {})}
+    summary = {name: value for name, value in data.summary().items() if name != "train_ids"}
     weights = sum(value.numel() for value in system.parameters())
     geometry = getattr(system, "geometry", None)
     metrics = {
@@ -83,8 +83,8 @@ def card(trainer: Trainer, system: LightningModule) -> str:
             "",
             "## Use",
             "Research only; not a medical device and not for diagnosis. What the model makes is synthetic: say so.",
-            "It knows the tracers, regions and patients it was trained on and nothing else: check what it makes against",
-            "held-out data before you rely on it.",
+            "It knows the tracers, regions and patients it was trained on and nothing else: check what it makes",
+            "against held-out data before you rely on it.",
             "",
         ]
     )
@@ -95,12 +95,5 @@ def _table(values: dict[str, Any]) -> list[str]:
     for name, value in values.items():
         if not isinstance(value, str):
             value = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, default=str)
-        text = (
-            f"{value:.4g}"
-            if isinstance(value, float)
-            else value
-            if isinstance(value, str)
-            else json.dumps(value, default=str)
-        )
-        rows.append(f"| {name} | {text.replace('|', '/')} |")
+        rows.append(f"| {name} | {value.replace('|', '/')} |")
     return rows

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from PIL import Image
 from torch import Tensor
 
 ACTIVITY = "gray_r"
@@ -45,15 +45,17 @@ def draw_grid(
     """Draw rows of tiles.
 
     Args:
-        rows: equally long rows.
+        rows: rows of tiles; no row is longer than the first.
         labels: what stands to the left of each row.
         title: what stands above all.
         tile_inches: width and height of a tile.
     """
     figure, axes = _grid(len(rows), len(rows[0]), title, tile_inches)
     for line, tiles, label in zip(axes, rows, labels, strict=True):
-        for axis, tile in zip(line, tiles, strict=True):
+        for axis, tile in zip(line, tiles, strict=False):
             _show(axis, tile)
+        for axis in line[len(tiles) :]:
+            axis.set_axis_off()
         line[0].set_ylabel(label, fontsize=7)
     return figure
 
@@ -79,22 +81,18 @@ def save_animation(frames: Sequence[Sequence[Sequence[Tile]]], labels: Sequence[
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = _grid(len(frames[0]), len(frames[0][0]), " ", 1.3)
-    shown = [
-        [_show(axis, tile) for axis, tile in zip(line, tiles, strict=True)]
-        for line, tiles in zip(axes, frames[0], strict=True)
-    ]
-
-    def update(moment: int) -> list[AxesImage]:
-        figure.suptitle(labels[moment], fontsize=9)
-        for line, tiles in zip(shown, frames[moment], strict=True):
-            for picture, tile in zip(line, tiles, strict=True):
-                picture.set_data(tile.values.detach().float().cpu().numpy())
-        return [picture for line in shown for picture in line]
-
-    # the last moment stays longer: it is the result
-    order = [*range(len(frames)), *[len(frames) - 1] * 8]
+    tiles = [tile for row in frames[0] for tile in row]
+    shown = [_show(axis, tile) for axis, tile in zip(axes.flat, tiles, strict=True)]
+    pictures = []
+    for rows, label in zip(frames, labels, strict=True):
+        figure.suptitle(label, fontsize=9)
+        for picture, tile in zip(shown, [tile for row in rows for tile in row], strict=True):
+            picture.set_data(_array(tile.values))
+        pictures.append(Image.fromarray(pixels(figure)))
     scratch = path.with_name(f".{path.name}.part")
-    FuncAnimation(figure, update, frames=order).save(str(scratch), writer=PillowWriter(fps=8), dpi=90)
+    # the last moment stays: it is the result
+    durations = [120] * (len(pictures) - 1) + [2000]
+    pictures[0].save(scratch, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     os.replace(scratch, path)
     return path
 
@@ -126,5 +124,10 @@ def _grid(n_rows: int, n_columns: int, title: str, inches: float) -> tuple[Figur
 def _show(axis: Axes, tile: Tile) -> AxesImage:
     low, high = tile.limits
     axis.set_title(tile.title, fontsize=7)
-    values = tile.values.detach().float().cpu().numpy()
-    return axis.imshow(values, cmap=tile.colours, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+    return axis.imshow(
+        _array(tile.values), cmap=tile.colours, vmin=low, vmax=high, interpolation="nearest", aspect="auto"
+    )
+
+
+def _array(values: Tensor) -> np.ndarray:
+    return values.detach().float().cpu().numpy()

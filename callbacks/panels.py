@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,16 +13,13 @@ from torch import Tensor
 from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Radon, SinogramBatch, fbp
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, pixels, save_figure, top
 
-# Enough batches to meet every prompt of a shuffled or sorted validation set without reading a large one whole.
-_BATCHES_LOOKED_AT = 64
-
 
 class Panels(Callback):
     """Draw fixed validation slices at every validation, as sinograms and as FBP images, with a fixed colour range.
 
-    Stage 1: input, expected, reconstruction, difference. Stage 2: a real slice beside generated ones of its prompt, from
-    fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after weight averaging in
-    the list of callbacks, it shows the averaged weights.
+    Stage 1: input, expected, reconstruction, difference. Stage 2: a real slice beside generated ones of its prompt,
+    from fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after weight
+    averaging in the list of callbacks, it shows the averaged weights.
 
     Args:
         n_slices: validation slices, one per prompt first.
@@ -73,7 +67,7 @@ class Panels(Callback):
         with trainer.precision_plugin.val_step_context():
             figure = self.figure(pl_module, self._batch, trainer.datamodule.radon, f"step {trainer.global_step}")  # type: ignore[attr-defined]
         pl_module.train(training)
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             folder = Path(trainer.default_root_dir) / "panels"
             save_figure(figure, folder / f"step-{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
@@ -105,17 +99,9 @@ class Panels(Callback):
         raise TypeError(f"Panels are drawn of stage 1 or 2, not of {type(system).__name__}: remove callbacks.Panels.")
 
     def _choose(self, trainer: Trainer) -> SinogramBatch:
-        loader: Iterable[Any] = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        batches = list(islice(loader, _BATCHES_LOOKED_AT))
-        names = [name for batch in batches for name in batch.prompt.names()]
-        chosen = spread(names, self.n_slices)
-        rows, start = [], 0
-        for batch in batches:
-            size = len(batch.sinogram)
-            rows += [(i, _take(batch, [i - start])) for i in chosen if start <= i < start + size]
-            start += size
-        ordered = [dict(rows)[i] for i in chosen]
-        return trainer.strategy.batch_to_device(_join(ordered), dataloader_idx=0)
+        slices = trainer.datamodule.val_set  # type: ignore[attr-defined]
+        batch = slices[spread(slices.prompt.names(), self.n_slices)]
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def reconstruction_figure(batch: SinogramBatch, reconstruction: Tensor, radon: Radon, title: str = "") -> Figure:
@@ -134,9 +120,9 @@ def reconstruction_figure(batch: SinogramBatch, reconstruction: Tensor, radon: R
         row = []
         for parts in (kinds, images):
             limit = top(parts["expected"][i])
-            row += [Tile(values[i, 0], (0, limit), name) for name, values in parts.items()]
+            row += [Tile(values[i, 0], (0, limit), "" if i else name) for name, values in parts.items()]
             difference = parts["reconstruction"][i, 0] - parts["expected"][i, 0]
-            row.append(Tile(difference, (-limit / 4, limit / 4), "difference", DIFFERENCE))
+            row.append(Tile(difference, (-limit / 4, limit / 4), "" if i else "difference", DIFFERENCE))
         rows.append(row)
     return draw_grid(rows, batch.prompt.names(), title)
 
@@ -157,7 +143,8 @@ def generation_figure(batch: SinogramBatch, generated: Tensor, radon: Radon, tit
         row = []
         for mine, others in ((batch.sinogram, generated), (real, images)):
             limits = (0.0, top(mine[i]))
-            row += [Tile(mine[i, 0], limits, "real"), *(Tile(other[0], limits, "generated") for other in others[i])]
+            row.append(Tile(mine[i, 0], limits, "" if i else "real"))
+            row += [Tile(other[0], limits, "" if i else "generated") for other in others[i]]
         rows.append(row)
     return draw_grid(rows, batch.prompt.names(), title)
 
@@ -173,18 +160,3 @@ def spread(names: list[str], n: int) -> list[int]:
             if turn < wanted:
                 order.append(group[turn * len(group) // wanted])
     return order[:n]
-
-
-def _take(values: Any, index: list[int]) -> Any:
-    """Rows of a nested named tuple of tensors."""
-    if isinstance(values, Tensor):
-        return values[index]
-    return values if values is None else type(values)(*(_take(value, index) for value in values))
-
-
-def _join(rows: list[Any]) -> Any:
-    """Concatenate nested named tuples of tensors."""
-    first = rows[0]
-    if isinstance(first, Tensor):
-        return torch.cat(rows)
-    return first if first is None else type(first)(*(_join(list(parts)) for parts in zip(*rows, strict=True)))

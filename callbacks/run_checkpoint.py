@@ -28,6 +28,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_top_k=keep,
             save_last="link",
             every_n_train_steps=every_n_steps,
+            save_on_train_epoch_end=True,  # otherwise a save that falls on the end of an epoch waits for validation
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -136,10 +136,8 @@ def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], n_columns: int = 4) -
         [Tile(sinogram, (0, top(sinogram)), title), Tile(image, (0, top(image)), "FBP")]
         for sinogram, image, title in samples
     ]
-    while len(tiles) % n_columns and len(tiles) > n_columns:
-        tiles.append([Tile(tiles[0][0].values * 0, (0, 1)), Tile(tiles[0][1].values * 0, (0, 1))])
-    width = min(n_columns, len(tiles))
-    rows = [[tile for pair in tiles[start : start + width] for tile in pair] for start in range(0, len(tiles), width)]
+    starts = range(0, len(tiles), n_columns)
+    rows = [[tile for pair in tiles[start : start + n_columns] for tile in pair] for start in starts]
     return draw_grid(rows, [""] * len(rows), "synthetic sinograms and their reconstructions")
 
 
@@ -159,7 +157,7 @@ def transition(system: LatentDiffusion, prompts: Sequence[str], seeds: Sequence[
     def remember(step: int, steps: int, sinogram: Tensor) -> None:
         moments.append((sinogram.cpu(), fbp(radon, sinogram.float()).cpu(), f"synthetic, step {step} of {steps}"))
 
-    system.sample(Prompt.of(list(prompts)), list(seeds), callback=remember)
+    system.sample(Prompt.of(list(prompts)), list(seeds), progress=True, callback=remember)
     last_sinograms, last_images, _ = moments[-1]
     frames = [
         [

@@ -1,0 +1,280 @@
+"""The command line: ``allpet fit|validate|test|predict --config FILE ...``.
+
+One LightningCLI. Files merge from left to right and options come after them; ``${scale.batch_size}`` in any file refers
+to the merged whole. In ``fit`` the data are loaded and checked first; what they are decides which run is continued
+(``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained folder read.
+
+Where a model takes a pretrained folder, the root of a stage, such as ``outputs/vae``, means its newest finished run:
+for ``model.autoencoder`` in ``fit``, the newest that was trained on the same data.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from allpet import runs
+
+# Tells the processes that the first one launches which run they share.
+_SHARED_RUN = "ALLPET_RUN_FOLDER"
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; ``args``, a list of words, takes the place of the shell's."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # Continuing a run is what is meant.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    AllpetCLI(args)
+
+
+class AllpetCLI(LightningCLI):
+    """LightningCLI that loads the data first, keeps runs, and lets the command line win over checkpoints.
+
+    Args:
+        args: the words of the command line; None takes the shell's.
+    """
+
+    run: runs.Run | None = None
+    folder: Path | None = None
+    finished = False
+    _lock: FileLock | None = None
+
+    def __init__(self, args: ArgsType = None) -> None:
+        mode = {"parser_mode": "omegaconf+"}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={**mode, **{name: dict(mode) for name in self.subcommands()}},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``run`` and the free-form ``scale``, which other keys refer to."""
+        parser.add_class_arguments(runs.RunOptions, "run")
+        parser.add_argument("--scale", type=dict, default={}, help="Sizes that other keys refer to as ${scale.NAME}.")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let a checkpoint's hyper-parameters override files and command line, silently.
+        pass
+
+    def instantiate_classes(self) -> None:
+        """Load the data, choose run and weights, then build model and trainer."""
+        config, fit = self.config[self.subcommand], self.subcommand == "fit"
+        options = runs.RunOptions(**config.run)
+        keep = options.root is not None and not config.trainer.fast_dev_run
+        try:
+            data = self._load_data(config) if fit else None
+            weights = _resolve_pretrained(config, data_hash=data.data_hash if data else None)  # type: ignore[attr-defined]
+            if keep and data:
+                key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
+                self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
+            elif keep and self.subcommand == "predict":
+                self.folder = _shared_folder() or runs.create_run(str(options.root), name=options.name).folder
+        except (OSError, ValueError, RuntimeError) as error:
+            # what the user gave cannot work: one sentence, no traceback
+            raise SystemExit(f"allpet: {error}") from error
+        if self.finished:
+            return
+        self.config_init = self.parser.instantiate_classes(self._for_folder())
+        self.datamodule = data or self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer; everything it writes goes to the run's folder."""
+        trainer = self._get(self.config_init, "trainer")
+        if self.folder is None:
+            self.save_config_callback = None
+            if self.subcommand != "fit":  # the scores are printed
+                kwargs["logger"] = trainer["logger"] or False
+            return super().instantiate_trainer(**kwargs)
+        self.save_config_kwargs = {"folder": self.folder, "save_to_log_dir": False}
+        given = trainer["logger"]
+        if given is not False and self.subcommand == "fit":
+            others = [given] if isinstance(given, Logger) else [] if given in (None, True) else list(given)
+            kwargs["logger"] = [*others, RunCSVLogger(self.folder)]
+        elif self.subcommand != "fit":
+            kwargs["logger"] = False
+        plugins = trainer["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        kwargs["plugins"] = [*plugins, runs.AtomicCheckpointIO()]
+        return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.finished:
+            assert self.run is not None
+            rank_zero_info(
+                f"Run {self.run.folder} has finished ({self.run.record['finished']['step']} steps): raise "
+                "--trainer.max_steps to train on, or add --run.resume=false to start another run."
+            )
+            return
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                os.environ.pop(_SHARED_RUN, None)
+
+    def after_fit(self) -> None:
+        """Record that the run has finished."""
+        if self.run is not None and self.trainer.is_global_zero:
+            limits = _limits(self.config[self.subcommand].trainer)
+            self.run.update(finished={"step": self.trainer.global_step, "limits": limits})
+            rank_zero_info(f"Run {self.run.folder} has finished.")
+
+    def _load_data(self, config: Namespace) -> LightningDataModule:
+        data: LightningDataModule = self._parser("fit").instantiate_classes(Namespace(data=config.data)).data
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    def _choose_run(self, config: Namespace, options: runs.RunOptions, key: str, data_hash: str) -> None:
+        root, first = Path(str(options.root)), _rank() == 0
+        shared = _shared_folder()
+        if shared is not None:
+            run = runs.Run(shared, {})
+        elif options.name is not None:
+            run = _named_run(root / options.name, options, key, data_hash)
+        elif _launched_from_outside():
+            raise RuntimeError(
+                "Several processes were started from outside: name their common run with --run.name=NAME."
+            )
+        else:
+            found = runs.find_run(root, key) if options.resume else None
+            run = found or runs.create_run(root, key, data_hash)
+        self.run, self.folder = run, run.folder
+        if first:
+            self._lock = run.lock()
+            os.environ[_SHARED_RUN] = str(run.folder)
+        done, max_steps = run.record.get("finished"), config.trainer.max_steps
+        if done and (done["limits"] == _limits(config.trainer) or 0 < max_steps <= done["step"]):
+            self.finished = True
+            return
+        # A checkpoint of the last step in a run that has not finished was killed while it exported: step back once.
+        usable = runs.usable_checkpoint(run.checkpoints, before_step=max_steps if max_steps > 0 else None)
+        if usable:
+            config.ckpt_path = str(usable[0])
+        if first:
+            runs.trim_metrics(run.folder / "metrics.csv", usable[1] if usable else 0)
+            rank_zero_info(f"Run {run.folder} {f'continues at step {usable[1]}' if usable else 'starts'}.")
+
+    def _for_folder(self) -> Namespace:
+        """Return the configuration with W&B's files and identity those of the run."""
+        config = self.config.clone()
+        if self.run is None:
+            return config
+        given = config[self.subcommand].trainer.logger
+        for logger in given if isinstance(given, list) else [given]:
+            if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
+                stage, number = self.run.folder.parent.name, self.run.folder.name
+                created = "".join(digit for digit in self.run.record.get("created", "") if digit.isdecimal())
+                logger.init_args.name = logger.init_args.get("name") or f"{stage}-{number}"
+                logger.init_args.id = logger.init_args.get("id") or f"{stage}-{number}-{created[:20]}"
+                logger.init_args.save_dir = str(self.run.folder)
+        return config
+
+    def _plain(self, config: Namespace) -> dict[str, Any]:
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        plain: dict[str, Any] = yaml.safe_load(text)
+        return plain
+
+
+class RunConfig(SaveConfigCallback):
+    """Write the resolved configuration into the run's folder and hand it to loggers that keep configurations.
+
+    Lightning's own writes where the first logger saves, which for W&B is shared by all runs.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path, **kwargs: Any) -> None:
+        super().__init__(parser, config, **kwargs)
+        self.folder = folder
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write config.yaml, whole or not at all."""
+        text = self.parser.dump(self.config, skip_none=False)
+        scratch = self.folder / ".config.yaml.part"
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, self.folder / self.config_filename)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams(yaml.safe_load(text))
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run's folder; a run that is continued adds to it, where Lightning's own starts anew."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=50)
+
+    @property
+    def experiment(self) -> Any:
+        """The writer of the file."""
+        if self._experiment is None and _rank() == 0:
+            self._experiment = _ContinuedWriter(self.log_dir)
+        return super().experiment
+
+
+class _ContinuedWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(encoding="utf-8") as file:
+                self.metrics_keys = file.readline().strip().split(",")
+
+
+def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
+    """Put pretrained folders in the place of roots; return the hash of the weights that are built upon."""
+    arguments, hashes = config.model.get("init_args") or Namespace(), []
+    for key, wanted in (("autoencoder", data_hash), ("folder", None)):
+        if isinstance(arguments.get(key), (str, Path)):
+            arguments[key] = str(runs.newest_pretrained(arguments[key], wanted))
+            hashes.append(runs.weights_hash(arguments[key]))
+            rank_zero_info(f"Builds on {arguments[key]}.")
+    return "-".join(hashes)
+
+
+def _named_run(folder: Path, options: runs.RunOptions, key: str, data_hash: str) -> runs.Run:
+    if _rank() != 0:
+        return runs.Run(folder, {})
+    known = next((run for run in runs.list_runs(folder.parent) if run.folder == folder), None)
+    if known is None or not options.resume:
+        return runs.create_run(folder.parent, key, data_hash, name=folder.name)
+    if known.record.get("fingerprint") != key:
+        raise ValueError(f"Run {folder} has another configuration or other data: choose another --run.name.")
+    return known
+
+
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _shared_folder() -> Path | None:
+    shared = os.environ.get(_SHARED_RUN)
+    return Path(shared) if shared and _rank() != 0 else None
+
+
+def _launched_from_outside() -> bool:
+    environments = [kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()]
+    return any(environment.world_size() > 1 for environment in environments)
+
+
+def _limits(trainer: Namespace) -> list[str]:
+    return [f"{name}={trainer[name]}" for name in ("max_steps", "max_epochs", "max_time")]
