@@ -1,0 +1,252 @@
+"""The training recipes: what is learned, what is resumed, what is exported, what is sampled."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, ParallelBeam, Prompt, Sampling
+from allpet.models.discriminator import PatchDiscriminator
+from allpet.randomness import keyed_generator
+from allpet.systems.latent_diffusion import add_counting_noise
+from data_modules import SimulatedPET
+
+GEOMETRY = ParallelBeam(16, 20, 21.6, 20, 21.6)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data() -> SimulatedPET:
+    module = SimulatedPET(
+        GEOMETRY,
+        prompts=("FDG:brain", "FDG:abdomen"),
+        num_scans=16,
+        slices_per_patient=2,
+        val_patients=4,
+        test_patients=4,
+        batch_size=4,
+        cache=None,
+    )
+    module.setup()
+    return module
+
+
+def stage1(**changes) -> AutoencoderSystem:
+    autoencoder = Autoencoder(channels=(16, 32), latent_channels=4, patch=2)
+    return AutoencoderSystem(autoencoder, **{"warmup_steps": 2, "learning_rate": 3e-3, **changes})
+
+
+def stage2(autoencoder: Autoencoder) -> LatentDiffusion:
+    denoiser = Denoiser(channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8)
+    system = LatentDiffusion(autoencoder, denoiser, warmup_steps=2, learning_rate=2e-3)
+    system.geometry = GEOMETRY
+    return system
+
+
+def trainer(**arguments) -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **arguments,
+    )  # fmt: skip
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAtStep6(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(self.path)
+            raise Stopped
+
+
+def one_batch(data: SimulatedPET):
+    return data.augment(next(iter(data.val_dataloader())))
+
+
+def test_stage_1_learns_to_reconstruct(data):
+    system = stage1()
+    batch = one_batch(data)
+    before = (system.reconstruct(batch) - batch.expected).norm()
+    trainer(max_steps=60).fit(system, datamodule=data)
+    assert (system.reconstruct(batch) - batch.expected).norm() < 0.5 * before
+    assert float(system.autoencoder.scaling.scale) == pytest.approx(data.scale)
+
+
+def test_stage_2_learns_what_stage_1_encodes(data):
+    system = stage2(stage1().autoencoder)
+    system.autoencoder.scaling.set_scale(data.scale)
+    losses = [float(run["val/loss"]) for run in trainer().validate(system, datamodule=data, verbose=False)]
+    trainer(max_steps=60).fit(system, datamodule=data)
+    losses += [float(run["val/loss"]) for run in trainer().validate(system, datamodule=data, verbose=False)]
+    assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(stage, data, tmp_path):
+    make = stage1 if stage == 1 else lambda: stage2(stage1().autoencoder)
+    first = make()
+    start = copy.deepcopy(first.state_dict())
+
+    def fresh(like):
+        system = make()
+        system.load_state_dict(start)
+        if stage == 2:
+            system._frozen = like._frozen
+        return system
+
+    whole, cut, rest = fresh(first), fresh(first), fresh(first)
+    trainer(max_steps=7).fit(whole, datamodule=data)
+    # Interrupted in the middle of the second epoch (4 batches each); the plan of 7 steps is part of the run.
+    with pytest.raises(Stopped):
+        trainer(max_steps=7, callbacks=[StopAtStep6(tmp_path / "six.ckpt")]).fit(cut, datamodule=data)
+    trainer(max_steps=7).fit(rest, datamodule=data, ckpt_path=tmp_path / "six.ckpt")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(rest.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_the_two_players_of_a_discriminator_do_not_move_each_other(data):
+    """The autoencoder must not learn from the discriminator's loss, nor the discriminator from the verdict."""
+    system = stage1(discriminator=PatchDiscriminator(channels=8, layers=2), adversarial_weight=0.0)
+    system.autoencoder.scaling.set_scale(data.scale)
+    system.log = system.log_dict = lambda *_, **__: None
+    batch = one_batch(data)
+
+    def gradients(adversarial_weight, part):
+        system.adversarial_weight = adversarial_weight
+        system.zero_grad()
+        system.training_step(batch, 0).backward()
+        return torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None])
+
+    with torch.random.fork_rng():
+        quiet, loud = (gradients(weight, system.autoencoder) for weight in (0.0, 10.0))
+        assert not torch.allclose(quiet, loud)
+        quiet, loud = (gradients(weight, system.discriminator) for weight in (0.0, 10.0))
+        torch.testing.assert_close(quiet, loud)
+        assert quiet.abs().max() > 0
+    without = stage1()
+    without.autoencoder.load_state_dict(system.autoencoder.state_dict())
+    without.log = without.log_dict = lambda *_, **__: None
+    without.training_step(batch, 0).backward()
+    alone = torch.cat([p.grad.flatten() for p in without.autoencoder.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients(0.0, system.autoencoder), alone)
+
+
+def test_latents_measured_over_batches_are_those_of_the_whole_set(data):
+    system = stage1()
+    system.autoencoder.scaling.set_scale(data.scale)
+    batches = [data.augment(batch) for batch in data.val_dataloader()]
+    mean, std = system.measure_latents(batches)
+    raw = torch.cat([system.autoencoder.encode(system.autoencoder.scaling(b.as_stack())).mean for b in batches])
+    torch.testing.assert_close(mean, raw.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(std, raw.std(dim=(0, 2, 3), unbiased=False), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="no batches"):
+        system.measure_latents([])
+
+
+def test_stage_1_comes_back_from_its_folder(data, tmp_path):
+    system = stage1().eval()
+    system.geometry = GEOMETRY
+    system.autoencoder.scaling.set_scale(data.scale)
+    system.autoencoder.set_latent_statistics(torch.arange(4.0), torch.arange(1.0, 5.0))
+    system.save_pretrained(tmp_path / "pretrained")
+    loaded = AutoencoderSystem.from_pretrained(tmp_path / "pretrained")
+    assert loaded.geometry == GEOMETRY
+    batch = one_batch(data)
+    torch.testing.assert_close(loaded.reconstruct(batch), system.reconstruct(batch))
+    torch.testing.assert_close(loaded.autoencoder.latent_std, torch.arange(1.0, 5.0))
+    assert stage2(str(tmp_path / "pretrained")).geometry == GEOMETRY
+
+
+def test_stage_2_comes_back_whole_from_its_folder(tmp_path):
+    system = stage2(stage1().autoencoder).eval()
+    torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
+    system.save_pretrained(tmp_path / "pretrained")
+    loaded = LatentDiffusion.from_pretrained(tmp_path / "pretrained")
+    prompt, sampling = Prompt.of(["FDG:brain", "open:abdomen"]), Sampling(steps=3)
+    torch.testing.assert_close(
+        loaded.sample(prompt, [5, 6], sampling).stack, system.sample(prompt, [5, 6], sampling).stack
+    )
+    with pytest.raises(ValueError, match="holds a LatentDiffusion, but a AutoencoderSystem is needed"):
+        AutoencoderSystem.from_pretrained(tmp_path / "pretrained")
+
+
+def test_stage_1_is_neither_trained_nor_stored_nor_copied_by_stage_2():
+    system = stage2(stage1().autoencoder)
+    assert not any("autoencoder" in name or "_frozen" in name for name in system.state_dict())
+    assert copy.deepcopy(system).autoencoder is system.autoencoder
+    assert not any(parameter.requires_grad for parameter in system.autoencoder.parameters())
+
+
+def test_samples_depend_on_seed_and_prompt_alone():
+    system = stage2(stage1().autoencoder).eval()
+    torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
+    prompt = Prompt.of(["FDG:brain", "FDG:abdomen", "FDG:brain"])
+    for sampler in ("ddim", "ddpm"):
+        together = system.sample(prompt, [1, 2, 3], Sampling(sampler, steps=4))
+        apart = system.sample(prompt, [1, 2, 3], Sampling(sampler, steps=4, batch_size=2))
+        torch.testing.assert_close(together.sinogram, apart.sinogram, atol=1e-4, rtol=1e-4)
+    assert together.prompt.names() == prompt.names()
+    other = system.sample(Prompt.of(["FDG:abdomen"]), [1], Sampling(steps=4))
+    assert not torch.allclose(other.sinogram[0], system.sample(prompt, [1, 2, 3], Sampling(steps=4)).sinogram[0])
+
+
+def test_views_and_bins_are_chosen_at_sampling():
+    system = stage2(stage1().autoencoder).eval()
+    prompt = Prompt.of(["FDG:brain"] * 2)
+    plain = system.sample(prompt, [0, 1], Sampling(steps=2))
+    sized = system.sample(prompt, [0, 1], Sampling(steps=2, n_views=24, n_bins=28))
+    assert plain.sinogram.shape[-2:] == (16, 20)
+    assert sized.sinogram.shape[-2:] == (24, 28)
+    assert sized.geometry.field_of_view_mm == pytest.approx(GEOMETRY.field_of_view_mm)
+    # the mean over views of a view's integral is the total activity, whatever the sampling
+    totals = [s.sinogram.sum(dim=(1, 2, 3)) / s.geometry.n_views * s.geometry.bin_mm for s in (plain, sized)]
+    torch.testing.assert_close(totals[0], totals[1], rtol=0.02, atol=0)
+
+
+def test_counting_noise_has_the_moments_of_counts():
+    expected = 50 * torch.rand(1, 1, 16, 20, generator=torch.Generator().manual_seed(0))
+    counts, n = 5e4, 2000
+    noisy = add_counting_noise(expected.expand(n, -1, -1, -1), counts, [keyed_generator(k, "counts") for k in range(n)])
+    per_count = expected.sum() / counts
+    torch.testing.assert_close(noisy.mean(0, keepdim=True), expected, rtol=0.05, atol=0.1)
+    ratio = noisy.var(0).sum() / (expected.sum() * per_count)
+    assert abs(ratio - 1) < 0.02
+    total_counts = noisy.sum(dim=(1, 2, 3)) / per_count
+    assert abs(total_counts.mean() / counts - 1) < 0.001
+    assert (
+        torch.equal(noisy / per_count, (noisy / per_count).round())
+        or ((noisy / per_count) - (noisy / per_count).round()).abs().max() < 1e-2
+    )
+
+
+def test_what_cannot_be_sampled_is_refused():
+    system = stage2(stage1().autoencoder)
+    with pytest.raises(ValueError, match="There are 1 prompts and 2 seeds"):
+        system.sample(Prompt.of(["FDG:brain"]), [1, 2])
+    with pytest.raises(ValueError, match="counts is -1"):
+        Sampling(counts=-1)
+    system.geometry = None
+    with pytest.raises(RuntimeError, match="training geometry is unknown"):
+        system.sample(Prompt.of(["FDG:brain"]), [1])
+    with pytest.raises(ValueError, match="4 latent channels and the denoiser 8"):
+        LatentDiffusion(stage1().autoencoder, Denoiser(latent_channels=8, channels=(16,), attention=(False,)))
+
+
+def test_stage_2_refuses_data_of_another_geometry(data):
+    system = stage2(stage1().autoencoder)
+    system.geometry = ParallelBeam(32, 20, 21.6, 20, 21.6)
+    with pytest.raises(ValueError, match="train stage 1 on these data first"):
+        trainer(max_steps=1).fit(system, datamodule=data)
