@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -157,7 +157,7 @@ class SimulatedPET(SinogramDataModule):
                 with np.load(path, allow_pickle=False) as stored:
                     slices = {name: stored[name] for name in slices}
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                warnings.warn(f"{path} cannot be read ({error}); its slices are simulated anew.", stacklevel=2)
+                rank_zero_warn(f"{path} cannot be read ({error}); its slices are simulated anew.")
         cached = len(slices["expected"]) // self.slices_per_patient
         if cached < self.patients[split]:
             radon = Radon(self.geometry)
