@@ -28,6 +28,7 @@ from allpet.projector import Radon
 PSF_MM = 4.5
 """FWHM of a typical scanner's resolution, mm (NEMA at 1 cm: 4.0 to 4.7)."""
 DOSE_MODES = ("dose", "time", "thinning")
+FWHM = math.sqrt(8 * math.log(2))  # of a Gaussian with standard deviation 1
 SCATTER_BLUR_MM, SCATTER_BLUR_RAD = 45.0, math.radians(5.0)
 
 
@@ -159,9 +160,9 @@ def acquire(
     trues_per_slice, scatter_share, randoms_share, bow = (
         level.to(activity.device, torch.float32).view(-1, 1, 1, 1) for level in levels
     )
-    lines = radon.project(torch.cat([activity, attenuation]))
-    # R of an image blurred by an isotropic Gaussian is R of the image blurred along s by the same Gaussian.
-    expected = lines[: len(activity)] @ radial_blur(g, psf_mm).to(lines)
+    blur = gaussian_blur(g.image_size, psf_mm / g.pixel_mm).to(activity)
+    lines = radon.project(torch.cat([blur @ activity @ blur, attenuation]))
+    expected = lines[: len(activity)]
     factor = torch.exp(-lines[len(activity) :])
     trues = factor * expected
     scale = trues_per_slice / trues.sum((2, 3), keepdim=True).clamp_min(1e-12)
@@ -191,17 +192,15 @@ def poisson(mean: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def radial_blur(geometry: ParallelBeam, fwhm_mm: float) -> Tensor:
-    """Return the ``(bins, bins)`` matrix that blurs the last axis of a sinogram with a Gaussian.
+def gaussian_blur(n: int, fwhm: float) -> Tensor:
+    """Return the symmetric ``(n, n)`` matrix that blurs an axis with a Gaussian of a width given in samples.
 
-    The kernel is the discrete Gaussian ``exp(-t) I_n(t)`` (Lindeberg 1990): its sum is one and its variance ``t`` is
-    exact however narrow it is, which a sampled Gaussian's is not; sums and moments of views stay what they should be.
+    The kernel is the discrete Gaussian ``exp(-t) I_k(t)`` (Lindeberg 1990): its sum is one and its variance ``t`` is
+    exact however narrow it is, which a sampled Gaussian's is not; sums and moments stay what they should be.
     """
-    variance = (fwhm_mm / math.sqrt(8 * math.log(2)) / geometry.bin_mm) ** 2
-    index = torch.arange(geometry.n_bins)
-    distance = (index[:, None] - index).abs()
-    kernel = torch.from_numpy(special.ive(index.numpy(), variance)).to(torch.float32)
-    return kernel[distance]
+    index = torch.arange(n)
+    kernel = torch.from_numpy(special.ive(index.numpy(), (fwhm / FWHM) ** 2)).to(torch.float32)
+    return kernel[(index[:, None] - index).abs()]
 
 
 def scatter_shape(geometry: ParallelBeam, trues: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ def scatter_shape(geometry: ParallelBeam, trues: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _scatter_kernels(geometry: ParallelBeam) -> tuple[Tensor, Tensor]:
     """Return matrices ``(views, 2 views)`` and ``(bins, bins)``."""
-    bins = radial_blur(geometry, SCATTER_BLUR_MM * math.sqrt(8 * math.log(2)))
+    bins = gaussian_blur(geometry.n_bins, SCATTER_BLUR_MM * FWHM / geometry.bin_mm)
     turn = torch.cat([geometry.angles, geometry.angles + math.pi])
     apart = (turn[: geometry.n_views, None] - turn + math.pi).remainder(2 * math.pi) - math.pi
     views = torch.exp(-0.5 * (apart / SCATTER_BLUR_RAD) ** 2)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
-from allpet.simulation.canvas import Canvas, Patch, Solid
+from allpet.simulation.canvas import Box, Canvas, Patch
 from allpet.simulation.fields import Array, Curve, Draw, Field
+from allpet.simulation.lesions import HeadLesion
+from allpet.simulation.solids import Solid
 
 Z_RANGE_MM = (-42.0, 66.0)
-SHARPEN = 2.0  # exponent on the tissue probabilities
+Position = tuple[Array, Array, Array]
+"""x, y and z of samples in the average brain, mm."""
 
 # Semi-axes and centres (mm, MNI) of deep nuclei, one side.
 _NUCLEI = {
@@ -43,7 +46,7 @@ class Template(NamedTuple):
     grey: Array
     white: Array
     depth: Array
-    origin_mm: NDArray[np.float64]
+    origin_mm: Array
     pitch_mm: float
 
 
@@ -155,102 +158,129 @@ def _draw_arms(draw: Draw, limit_mm: float) -> tuple[Solid, ...]:
     return tuple(arms)
 
 
-def paint_head(canvas: Canvas, head: Head) -> None:
-    """Paint a head and its raised arms on an empty canvas; slices lie at MNI heights."""
+def paint_head(canvas: Canvas, head: Head, lesions: Sequence[tuple[HeadLesion, Sequence[float]]] = ()) -> None:
+    """Paint a head and its raised arms on an empty canvas; slices lie at MNI heights.
+
+    Args:
+        canvas: what to paint on.
+        head: the anatomy.
+        lesions: each lesion with, for each scan, the SUV of a glioma or the factor of a patch of low metabolism.
+    """
     for solid in head.arms:
         canvas.draw(solid)
     average = template()
-    reach = 118.0
-    columns = canvas._span(head.shift[0] - reach, head.shift[0] + reach)
-    rows = canvas._span(-head.shift[1] - reach - 15, -head.shift[1] + reach - 5)
+    columns = canvas.span(head.shift[0] - 118, head.shift[0] + 118)
+    rows = canvas.span(-head.shift[1] - 135, -head.shift[1] + 115)
     box = (slice(0, len(canvas.z)), rows, columns)
-    x, y, z = _to_average(canvas, head, rows, columns)
-    index = [(c - o) / average.pitch_mm for c, o in zip((x, y, z), average.origin_mm, strict=True)]
-    # Beyond the volume the nearest value holds for depth; tissue is zero there by its padding.
-    grey, white, depth = (
-        ndimage.map_coordinates(volume, index, order=1, mode="nearest", output=np.float32)
-        for volume in (average.grey, average.white, average.depth)
-    )
-    shells = _outline(head, x, y, z, depth)
-    for tissue, outer in shells:
-        canvas.paint(canvas.soften(box, outer), tissue)
-    _paint_brain(canvas, head, box, (x, y, z), grey, white, depth)
+    stiff, warp = _to_average(canvas, head, rows, columns)
+    # The skull follows the brain's own shape only in part.
+    skull = (stiff[0] + warp[0] / 2, stiff[1] + warp[1] / 2, stiff[2] + warp[2] / 2)
+    _paint_shells(canvas, head, box, skull, _sample(average, average.depth, skull))
+    x, y, z = where = (stiff[0] + warp[0], stiff[1] + warp[1], stiff[2] + warp[2])
+    grey, white, depth = (_sample(average, volume, where) for volume in (average.grey, average.white, average.depth))
+    grey, white = _sharpened(grey, white)
+    # Sulci of this subject: fluid enters the outer ribbon where the field of folds is high.
+    folds = head.folds.on_grid(canvas.z, canvas.y[rows], canvas.x[columns])
+    grey = grey * (1 - np.clip(folds - 0.6, 0, 0.6) * np.clip(1 - depth / 12, 0, 1))
+    # Grey first, over fluid alone, then white: the shares in a sample stay those of the maps.
+    ribbon = np.clip(grey / np.maximum(1 - white, grey + np.float32(1e-6)), 0, 1)
+    canvas.paint(Patch(box, ribbon), "grey_matter", _regional(head, x, y, z))
+    # The cerebellum lies below the tentorium, which rises towards the middle and the front.
+    tentorium = -14 - 0.32 * np.abs(x) + 0.25 * np.clip(y + 60, -30, 20)
+    hind = np.clip((tentorium - z) / 4, 0, 1) * np.clip((-y - 36) / 6, 0, 1)
+    canvas.paint(Patch(box, hind * ribbon), "cerebellum")
+    canvas.paint(Patch(box, white), "white_matter")
+    for lesion, factors in lesions:
+        if lesion.kind == "hypometabolism":
+            distance = _distance(where, lesion.centre)
+            patch = Patch(box, np.exp(-0.5 * (distance / lesion.size_mm) ** 2) * np.clip(depth / 3 + 0.5, 0, 1))
+            canvas.multiply(patch, "lesion_cold", factors)
+    _paint_nuclei(canvas, head, box, where)
+    for lesion, levels in lesions:
+        if lesion.kind == "glioma":
+            inside = np.minimum(lesion.size_mm - _distance(where, lesion.centre), depth - 2)
+            canvas.paint(canvas.soften(box, inside, 4.0), "lesion_hot", suv=levels)
 
 
-def _to_average(canvas: Canvas, head: Head, rows: slice, columns: slice) -> tuple[Array, Array, Array]:
-    """Return where the samples of a part of the canvas lie in the average brain, three ``(n, rows, columns)``, mm."""
+def _to_average(canvas: Canvas, head: Head, rows: slice, columns: slice) -> tuple[Position, Position]:
+    """Return where samples lie in the average brain, and the warp to be added, three ``(n, rows, columns)`` each, mm."""
     xs, ys = canvas.x[columns], canvas.y[rows]
     wx, wy, wz = (field.on_grid(canvas.z, ys, xs) * np.float32(head.warp_mm) for field in head.warp)
     # The brain's centre (0, -18) in MNI space sits on the axis of the scanner, but for the shift.
     u, v = (xs - head.shift[0]).astype(np.float32), (ys - head.shift[1]).astype(np.float32)[:, None]
     cos, sin = math.cos(head.turn), math.sin(head.turn)
-    z0 = canvas.z.astype(np.float32)[:, None, None]
-    x = (cos * u + sin * v) / np.float32(head.scale[0]) + wx
+    tilt, roll = np.float32(math.tan(head.tilt)), np.float32(math.tan(head.roll))
+    height = canvas.z.astype(np.float32)[:, None, None]
+    across = (cos * u + sin * v) / np.float32(head.scale[0])
     along = (cos * v - sin * u) / np.float32(head.scale[1])
-    y = along - np.float32(18) + np.float32(math.tan(head.tilt)) * z0 + wy
-    z = (
-        z0 / np.float32(head.scale[2])
-        - np.float32(math.tan(head.tilt)) * along
-        + np.float32(math.tan(head.roll)) * x
-        + wz
+    stiff = (
+        across - roll * height,
+        along - np.float32(18) + tilt * height,
+        height / np.float32(head.scale[2]) - tilt * along + roll * across,
     )
-    return x, y, z
+    return stiff, (wx, wy, wz)
 
 
-def _outline(head: Head, x: Array, y: Array, z: Array, depth: Array) -> list[tuple[str, Array]]:
-    """Return the shells around the brain, outermost first, as depths below their outer surfaces (mm)."""
-    inner = depth + np.float32(head.fluid_mm)
-    # Face and neck: below the brow the head is longer than the brain. An ellipsoid stands for them.
-    face = 1 - np.sqrt((x / 62) ** 2 + ((y - 18) / 72) ** 2 + ((z + 52) / 62) ** 2)
-    face *= np.float32(60)
-    neck = 1 - np.sqrt((x / 64) ** 2 + ((y + 40) / 62) ** 2 + (np.minimum(z + 30, 0) / 90) ** 2)
-    neck = np.where(z < -20, neck * np.float32(55), np.float32(-99))
-    bone = inner + np.float32(head.skull_mm)
-    soft = np.maximum(np.maximum(face, neck) + np.float32(head.scalp_mm), bone + np.float32(head.scalp_mm))
-    return [("skin", soft), ("skull", bone), ("csf", inner)]
+def _sample(average: Template, volume: Array, where: Position) -> Array:
+    """Interpolate a volume of the average brain; beyond its border the nearest value holds."""
+    index = [(c - origin) / average.pitch_mm for c, origin in zip(where, average.origin_mm, strict=True)]
+    return np.asarray(ndimage.map_coordinates(volume, index, order=1, mode="nearest", output=np.float32))
 
 
-def _paint_brain(
-    canvas: Canvas,
-    head: Head,
-    box: tuple[slice, slice, slice],
-    where: tuple[Array, Array, Array],
-    grey: Array,
-    white: Array,
-    depth: Array,
-) -> None:
-    """Paint white and grey matter, cerebellum, nuclei and ventricles."""
+def _distance(where: Position, centre: tuple[float, float, float]) -> Array:
+    """Return the distance from a point, mm."""
+    x, y, z = (c - np.float32(at) for c, at in zip(where, centre, strict=True))
+    return np.sqrt(x * x + y * y + z * z)
+
+
+def _paint_shells(canvas: Canvas, head: Head, box: Box, where: Position, depth: Array) -> None:
+    """Paint scalp, face, skull and fluid around the brain."""
     x, y, z = where
-    # Sharpen: the average of 152 subjects is blurrier than any of them.
+    inner = depth + np.float32(head.fluid_mm)
+    # Face and neck: below the brow the head is longer than the brain. Ellipsoids stand for them.
+    face = (1 - np.sqrt((x / 62) ** 2 + ((y - 18) / 72) ** 2 + ((z + 52) / 62) ** 2)) * 60
+    neck = (1 - np.sqrt((x / 64) ** 2 + ((y + 40) / 62) ** 2 + (np.minimum(z + 30, 0) / 90) ** 2)) * 55
+    front = np.where(z < -20, np.maximum(face, neck), face)
+    bone = inner + np.float32(head.skull_mm)
+    canvas.paint(canvas.soften(box, np.maximum(front, bone) + np.float32(head.scalp_mm)), "skin")
+    nose = (1 - np.sqrt((np.abs(x) / 16) ** 2 + ((y - 54) / 24) ** 2 + ((z + 44) / 22) ** 2)) * 16
+    canvas.paint(canvas.soften(box, nose), "gas")
+    canvas.paint(canvas.soften(box, bone), "skull")
+    canvas.paint(canvas.soften(box, inner), "csf")
+
+
+def _sharpened(grey: Array, white: Array) -> tuple[Array, Array]:
+    """Sharpen the shares of grey and white matter: the average of 152 subjects is blurrier than any of them."""
     fluid = np.maximum(0, 1 - grey - white)
-    powers = [np.square(share) for share in (grey, white, fluid)]
-    total = powers[0] + powers[1] + powers[2] + np.float32(1e-6)
-    grey, white = powers[0] / total, powers[1] / total
-    # Sulci of this subject: fluid enters the outer ribbon where the field of folds is high.
-    folds = head.folds.on_grid(canvas.z, canvas.y[box[1]], canvas.x[box[2]])
-    grey = grey * (1 - np.clip(folds - 0.6, 0, 0.6) * np.clip(1 - depth / 12, 0, 1))
+    grey, white, fluid = (np.square(share) for share in (grey, white, fluid))
+    total = grey + white + fluid + np.float32(1e-6)
+    return grey / total, white / total
+
+
+def _regional(head: Head, x: Array, y: Array, z: Array) -> Array:
+    """Return the factor on the uptake of grey matter by lobe and side."""
     occipital = np.clip((-y - 62) / 20, 0, 1)
     frontal = np.clip((y - 10) / 20, 0, 1)
     temporal = np.clip((-z - 5) / 10, 0, 1) * np.clip((y + 50) / 20, 0, 1)
     change = 1 + np.float32(head.asymmetry) * np.clip(x / 15, -1, 1)
     for factor, weight in zip(head.regional, (occipital, frontal, temporal), strict=True):
         change = change * (1 + np.float32(factor - 1) * weight)
-    # Grey first, over fluid alone, then white: the shares in a sample stay those of the maps.
-    ribbon = np.clip(grey / np.maximum(1 - white, grey + 1e-6), 0, 1)
-    canvas.paint(Patch(box, ribbon), "grey_matter", change)
-    # The cerebellum lies below the tentorium, which rises towards the middle and the front.
-    tentorium = -14 - 0.32 * np.abs(x) + 0.25 * np.clip(y + 60, -30, 20)
-    hind = np.clip((tentorium - z) / 4, 0, 1) * np.clip((-y - 36) / 6, 0, 1)
-    canvas.paint(Patch(box, hind * ribbon), "cerebellum")
-    canvas.paint(Patch(box, white), "white_matter")
+    return change
+
+
+def _paint_nuclei(canvas: Canvas, head: Head, box: Box, where: Position) -> None:
+    """Paint thalamus, caudate, putamen and what the ventricles are wider than average."""
+    x, y, z = where
     for tissue, ((cx, cy, cz), (a, b, c), angle) in _NUCLEI.items():
+        cos, sin = math.cos(angle), math.sin(angle)
+        v, w = y - cy, (z - cz) / c
         for k, side in enumerate((-1, 1)):
-            u, v, w = side * x - cx, y - cy, z - cz
-            p, q = math.cos(angle) * u + math.sin(angle) * v, math.cos(angle) * v - math.sin(angle) * u
-            inside = (1 - np.sqrt((p / a) ** 2 + (q / b) ** 2 + (w / c) ** 2)) * np.float32(min(a, b, c))
-            patch = canvas.soften(box, inside)
-            canvas.paint(patch, tissue, head.putamen[k] if tissue == "putamen" else 1.0)
-    if head.ventricle > 0:
-        u = np.abs(x) - (8 + 0.15 * np.clip(-y, 0, 40))
-        inside = 1 - np.sqrt((u / (2 + 7 * head.ventricle)) ** 2 + ((y + 8) / 38) ** 2 + ((z - 20 + 0.1 * y) / 10) ** 2)
-        canvas.paint(canvas.soften(box, inside * np.float32(5)), "csf")
+            u = side * x - cx
+            p, q = (cos * u + sin * v) / a, (cos * v - sin * u) / b
+            inside = (1 - np.sqrt(p * p + q * q + w * w)) * np.float32(min(a, b, c))
+            canvas.paint(canvas.soften(box, inside), tissue, head.putamen[k] if tissue == "putamen" else 1.0)
+    # The bodies of the lateral ventricles, apart from each other by the septum and diverging towards the back.
+    u = np.abs(x) - (8 + 0.15 * np.clip(-y, 0, 40))
+    width = 2 + 7 * head.ventricle
+    inside = (1 - np.sqrt((u / width) ** 2 + ((y + 8) / 38) ** 2 + ((z - 20 + 0.1 * y) / 10) ** 2)) * 5
+    canvas.paint(canvas.soften(box, inside), "csf")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from allpet.simulation.tracers import lognormal
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 class Draw:
@@ -81,7 +81,7 @@ class Curve(NamedTuple):
     levels: tuple[float, ...]
     waves: tuple[tuple[float, float, float], ...] = ()
 
-    def __call__(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+    def __call__(self, z: Array) -> Array:
         """Return the values at z (mm), in the shape of z."""
         value = np.interp(z, self.knots, self.levels)
         for amplitude, frequency, phase in self.waves:
@@ -107,7 +107,7 @@ class Field(NamedTuple):
         nodes = torch.randn(n, n, n, generator=generator).numpy() / np.float32((151 / 315) ** 1.5)
         return cls(nodes.astype(np.float32), pitch_mm)
 
-    def on_grid(self, z: NDArray[np.float64], y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+    def on_grid(self, z: Array, y: Array, x: Array) -> Array:
         """Return the field on a grid of z, y and x (mm): ``(len(z), len(y), len(x))``."""
         values = self.nodes
         for axis, positions in enumerate((z, y, x)):
@@ -115,7 +115,7 @@ class Field(NamedTuple):
         return values
 
 
-def _interpolate(values: Array, positions: NDArray[np.float64], axis: int) -> Array:
+def _interpolate(values: Array, positions: Array, axis: int) -> Array:
     """Evaluate periodic cubic B-splines along one axis at positions given in nodes."""
     n = values.shape[axis]
     base = np.floor(positions).astype(np.int64)

@@ -1,7 +1,7 @@
 """Tissues: the labels, attenuation and texture of everything a phantom is painted with.
 
-Attenuation coefficients at 511 keV are for narrow beam; sources: Ouyang et al. (PMC3572388, table 2) for lung, fat, soft
-tissue, brain, liver, bone and skull; PMC3006167 (table 1) for air and cortical bone.
+Attenuation coefficients hold for 511 keV and a narrow beam. Sources: PMC3572388, table 2, for lung, fat, soft tissue,
+brain, liver, spongy bone and skull; PMC3006167, table 1, for air and cortical bone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ TISSUES: dict[str, Tissue] = {
     "uterus": Tissue(32, _SOFT, 0.10, "uterus"),
     "rectum": Tissue(33, _SOFT, 0.10, "rectum"),
     "breast": Tissue(34, 0.0094, 0.15, "breast"),
-    "salivary": Tissue(35, _SOFT, 0.10, "salivary"),
     "gas": Tissue(36, 1e-5, 0.0, ""),
     "lesion_hot": Tissue(40, _SOFT, 0.15, ""),
     "lesion_cold": Tissue(41, _SOFT, 0.05, ""),

@@ -40,6 +40,7 @@ class Tracer(NamedTuple):
         minutes: time after injection that the means hold for.
         late_minutes: time after injection that ``mean * late`` holds for.
         uptake: tissue -> row.
+        lesions: kind of lesion -> row, whose group is ``suv`` or ``contrast`` (a factor on the tissue around it).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Tracer(NamedTuple):
     minutes: float
     late_minutes: float
     uptake: dict[str, Uptake]
+    lesions: dict[str, Uptake]
 
     @property
     def half_life_min(self) -> float:
@@ -79,13 +81,16 @@ class Tracer(NamedTuple):
         groups = sorted({row.group for row in self.uptake.values()})
         shared = dict(zip(groups, torch.randn(len(groups), generator=generator).tolist(), strict=True))
         own, late = torch.randn(2, len(self.uptake), generator=generator).tolist()
-        elapsed = 0.0 if minutes is None else (minutes - self.minutes) / (self.late_minutes - self.minutes)
         suv = {}
         for (tissue, row), own_z, late_z in zip(self.uptake.items(), own, late, strict=True):
             z = GROUP_WEIGHT * shared[row.group] + math.sqrt(1 - GROUP_WEIGHT**2) * own_z
-            factor = max(0.05, 1 + (row.late + row.late_sd * late_z - 1) * elapsed)
-            suv[tissue] = lognormal(row.mean, row.sd, max(-2.5, min(2.5, z))) * factor
+            suv[tissue] = lognormal(row.mean, row.sd, max(-2.5, min(2.5, z))) * self.late_factor(row, late_z, minutes)
         return suv
+
+    def late_factor(self, row: Uptake, z: float, minutes: float | None) -> float:
+        """Return the change of uptake since the table's time for a standard normal deviate ``z``."""
+        elapsed = 0.0 if minutes is None else (minutes - self.minutes) / (self.late_minutes - self.minutes)
+        return max(0.05, 1 + (row.late + row.late_sd * z - 1) * elapsed)
 
 
 def lognormal(mean: float, sd: float, z: float) -> float:
@@ -96,6 +101,8 @@ def lognormal(mean: float, sd: float, z: float) -> float:
 
 def read_tracer(path: str | Path) -> Tracer:
     """Read a tracer's table from a text file: ``key value`` lines, then ``tissue mean sd late late_sd group source``.
+
+    Rows of lesions are named ``lesion_KIND`` and have ``suv`` or ``contrast`` for a group.
 
     Raises:
         ValueError: if a line cannot be read or a heading is missing.
@@ -120,7 +127,8 @@ def read_tracer(path: str | Path) -> Tracer:
         raise ValueError(f"{path} lacks the heading {', '.join(sorted(missing))}.")
     if head["isotope"] not in HALF_LIFE_MIN:
         raise ValueError(f"{path} names isotope {head['isotope']!r}; known are {', '.join(HALF_LIFE_MIN)}.")
-    return Tracer(head["name"], head["isotope"], float(head["minutes"]), float(head["late_minutes"]), uptake)
+    lesions = {name.removeprefix("lesion_"): uptake.pop(name) for name in list(uptake) if name.startswith("lesion_")}
+    return Tracer(head["name"], head["isotope"], float(head["minutes"]), float(head["late_minutes"]), uptake, lesions)
 
 
 @functools.cache
