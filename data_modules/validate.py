@@ -210,7 +210,7 @@ def _check_shapes(report: Report, files: list[FoundFile], geometry: ParallelBeam
         if wanted != report.shape:
             swapped = ", the axes seem to be swapped" if wanted == report.shape[::-1] else ""
             finding = f"{n_usual} file(s) with {_by(usual)} sinograms where the geometry has {_by(wanted)}{swapped}"
-            remedy = "leave the geometry empty to take the files' own, or give one with their views and bins"
+            remedy = "leave the geometry out (--data.geometry null) to take the files' own, or give one that fits"
             report.rows.append(Row("ERROR", ALL, finding, remedy))
     for shape in counts:
         odd = [name for name, slices in files if slices.shape[1:] == shape != usual]
