@@ -4,7 +4,16 @@ from callbacks.export import ExportPretrained
 from callbacks.latent_statistics import LatentStatistics
 from callbacks.memory import PeakMemory
 from callbacks.panels import Panels
+from callbacks.progress import StepProgress
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.sample_writer import SampleWriter
 
-__all__ = ["ExportPretrained", "LatentStatistics", "Panels", "PeakMemory", "RunCheckpoint", "SampleWriter"]
+__all__ = [
+    "ExportPretrained",
+    "LatentStatistics",
+    "Panels",
+    "PeakMemory",
+    "RunCheckpoint",
+    "SampleWriter",
+    "StepProgress",
+]

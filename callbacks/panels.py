@@ -119,10 +119,11 @@ def reconstruction_figure(batch: SinogramBatch, reconstruction: Tensor, radon: R
     for i in range(len(reconstruction)):
         row = []
         for parts in (kinds, images):
+            suffix = ", FBP" if parts is images else ""
             limit = top(parts["expected"][i])
-            row += [Tile(values[i, 0], (0, limit), "" if i else name) for name, values in parts.items()]
+            row += [Tile(values[i, 0], (0, limit), "" if i else name + suffix) for name, values in parts.items()]
             difference = parts["reconstruction"][i, 0] - parts["expected"][i, 0]
-            row.append(Tile(difference, (-limit / 4, limit / 4), "" if i else "difference", DIFFERENCE))
+            row.append(Tile(difference, (-limit / 4, limit / 4), "" if i else "difference" + suffix, DIFFERENCE))
         rows.append(row)
     return draw_grid(rows, batch.prompt.names(), title)
 
@@ -141,10 +142,10 @@ def generation_figure(batch: SinogramBatch, generated: Tensor, radon: Radon, tit
     rows = []
     for i in range(len(generated)):
         row = []
-        for mine, others in ((batch.sinogram, generated), (real, images)):
+        for mine, others, suffix in ((batch.sinogram, generated, ""), (real, images, ", FBP")):
             limits = (0.0, top(mine[i]))
-            row.append(Tile(mine[i, 0], limits, "" if i else "real"))
-            row += [Tile(other[0], limits, "" if i else "generated") for other in others[i]]
+            row.append(Tile(mine[i, 0], limits, "" if i else "real" + suffix))
+            row += [Tile(other[0], limits, "" if i else "generated" + suffix) for other in others[i]]
         rows.append(row)
     return draw_grid(rows, batch.prompt.names(), title)
 

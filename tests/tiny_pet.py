@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from typing import Any
+
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from allpet import ParallelBeam, Prompt, Radon
 from allpet.randomness import keyed_generator
@@ -32,3 +37,11 @@ class TinyPET(SinogramDataModule):
         train, val = list(range(8, self.n_slices)), list(range(4, 8))
         data_hash = f"discs-{self.n_slices}-{self.disc_mm:g}"
         return LoadedData(GEOMETRY, whole.subset(train), whole.subset(val), whole.subset([0, 1, 2, 3]), data_hash)
+
+
+class KilledAt(Callback):
+    """End this process by SIGKILL after the step that the environment variable KILL_AT names, if it does."""
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)

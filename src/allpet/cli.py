@@ -10,6 +10,7 @@ for ``model.autoencoder`` in ``fit``, the newest that was trained on the same da
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -21,8 +22,9 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -35,8 +37,11 @@ _SHARED_RUN = "ALLPET_RUN_FOLDER"
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args``, a list of words, takes the place of the shell's."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    # Continuing a run is what is meant.
+    # Continuing a run, and testing one without what only matters in training, is what is meant.
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
     AllpetCLI(args)
 
 
@@ -54,17 +59,22 @@ class AllpetCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         mode = {"parser_mode": "omegaconf+"}
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=RunConfig,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={**mode, **{name: dict(mode) for name in self.subcommands()}},
-            args=args,
-        )
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=RunConfig,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={**mode, **{name: dict(mode) for name in self.subcommands()}},
+                args=args,
+            )
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                os.environ.pop(_SHARED_RUN, None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``run`` and the free-form ``scale``, which other keys refer to."""
@@ -101,6 +111,11 @@ class AllpetCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; everything it writes goes to the run's folder."""
         trainer = self._get(self.config_init, "trainer")
+        aside: tuple[type, ...] = () if trainer["enable_progress_bar"] is not False else (ProgressBar,)
+        if self.subcommand != "fit":  # a run's own configuration may be given; these only matter in training
+            aside = (*aside, Checkpoint, WeightAveraging)
+        if isinstance(trainer["callbacks"], list):
+            trainer["callbacks"] = [callback for callback in trainer["callbacks"] if not isinstance(callback, aside)]
         if self.folder is None:
             self.save_config_callback = None
             if self.subcommand != "fit":  # the scores are printed
@@ -126,15 +141,13 @@ class AllpetCLI(LightningCLI):
                 "--trainer.max_steps to train on, or add --run.resume=false to start another run."
             )
             return
-        try:
-            super()._run_subcommand(subcommand)
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-                os.environ.pop(_SHARED_RUN, None)
+        super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         """Record that the run has finished."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # or the next fit of this process would write into it
         if self.run is not None and self.trainer.is_global_zero:
             limits = _limits(self.config[self.subcommand].trainer)
             self.run.update(finished={"step": self.trainer.global_step, "limits": limits})

@@ -230,6 +230,8 @@ def usable_checkpoint(folder: str | Path, before_step: int | None = None) -> tup
     Returns:
         the file and the number of optimiser steps it holds, or None if there is no whole one.
     """
+    for rest in Path(folder).glob(".*.part"):  # of a process that was killed while it wrote
+        rest.unlink()
     for step, path in sorted(_checkpoints(folder), reverse=True):
         if before_step is not None and step >= before_step:
             continue

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import allpet
+from allpet.cli import main
+
+HERE = Path(__file__).parent
+SAMPLE = ["predict", "-c", str(HERE.parent / "experiments" / "sample.yaml")]
+VAE = ["fit", "-c", str(HERE / "tiny_vae.yaml")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone():
+    """One thread, so that numbers repeat, and a command line of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["allpet"])
+        patch.setenv("WANDB_SILENT", "true")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def fit(root, *options: str) -> None:
+    main([*VAE, "--run.root", str(root), "--trainer.enable_progress_bar", "false", *options])
+
+
+def allpet_process(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "src")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "allpet", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def scores(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        rows = csv.DictReader(file)
+        return [{k: v for k, v in row.items() if k.startswith(("val/", "train/", "step"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The root of one finished stage 1."""
+    root = tmp_path_factory.mktemp("outputs") / "vae"
+    fit(root)
+    return root
+
+
+def test_a_run_leaves_everything_in_its_folder(vae):
+    run = vae / "001"
+    left = {path.name for path in run.iterdir()}
+    assert {"run.json", "config.yaml", "metrics.csv", "checkpoints", "panels", "pretrained"} <= left
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step=00000006.ckpt",
+        "step=00000008.ckpt",
+    ]
+    assert [path.name for path in sorted((run / "panels").iterdir())] == [f"step-{step:08d}.png" for step in (3, 6, 8)]
+    assert json.loads((run / "run.json").read_text())["finished"]["step"] == 8
+    steps = {int(row["step"]) for row in scores(run) if row["train/loss"]}
+    assert steps == set(range(8))
+
+
+def test_the_snapshot_is_resolved_and_finds_its_own_run(vae, capsys):
+    snapshot = vae / "001" / "config.yaml"
+    config = yaml.safe_load(snapshot.read_text())
+    assert config["model"]["init_args"]["autoencoder"]["init_args"]["channels"] == [8, 16]
+    main(["fit", "-c", str(snapshot)])
+    assert [path.name for path in vae.iterdir()] == ["001"]
+
+
+def test_the_exported_weights_are_averaged_ones_with_their_statistics(vae):
+    run = vae / "001"
+    checkpoint = torch.load(run / "checkpoints" / "step=00000008.ckpt", weights_only=True)
+    exported = load_file(run / "pretrained" / "model.safetensors")
+    name = next(name for name in exported if name.endswith("conv_in.weight"))
+    torch.testing.assert_close(exported[name], checkpoint["state_dict"][f"autoencoder.{name}"])
+    assert not torch.equal(exported[name], checkpoint["current_model_state"][f"autoencoder.{name}"])
+    assert (exported["latent_std"] != 1).all()
+
+
+def test_the_same_command_again_does_nothing_more(vae, capsys):
+    before = (vae / "001" / "run.json").stat().st_mtime_ns
+    fit(vae)
+    assert (vae / "001" / "run.json").stat().st_mtime_ns == before
+    assert [path.name for path in vae.iterdir()] == ["001"]
+
+
+def test_another_configuration_or_other_data_make_another_run(vae, tmp_path):
+    fit(tmp_path, "--trainer.max_steps", "1")
+    fit(tmp_path, "--trainer.max_steps", "1", "--model.learning_rate", "0.01")
+    fit(tmp_path, "--trainer.max_steps", "1", "--data.disc_mm", "50")
+    fit(tmp_path, "--trainer.max_steps", "1", "--run.resume", "false")
+    fit(tmp_path, "--trainer.max_steps", "2")  # continues the newest of its kind
+    finished = [json.loads((tmp_path / f"00{i}" / "run.json").read_text())["finished"]["step"] for i in (1, 2, 3, 4)]
+    assert finished == [1, 1, 1, 2]
+    assert not (tmp_path / "005").exists()
+
+
+def test_a_killed_training_continues_as_if_it_had_not_been(vae, tmp_path):
+    words = [*VAE, "--run.root", str(tmp_path)]
+    killed = allpet_process(*words, KILL_AT="5")
+    assert killed.returncode == -signal.SIGKILL
+    run = tmp_path / "001"
+    assert not (run / "pretrained").exists()
+    again = allpet_process(*words)
+    assert again.returncode == 0, again.stderr
+    assert "continues at step 3" in again.stderr + again.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["001"]
+    mine, theirs = (load_file(folder / "pretrained" / "model.safetensors") for folder in (run, vae / "001"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=0, msg=name)
+    assert scores(run) == scores(vae / "001")
+
+
+def test_a_damaged_checkpoint_costs_one_interval(vae, tmp_path, capsys):
+    fit(tmp_path, "--trainer.max_steps", "6")
+    newest = tmp_path / "001" / "checkpoints" / "step=00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    fit(tmp_path)
+    assert "is damaged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "001" / "run.json").read_text())["finished"]["step"] == 8
+
+
+def test_a_run_killed_while_it_exported_exports_again(tmp_path):
+    fit(tmp_path)
+    run = tmp_path / "001"
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "finished": None}))
+    before = load_file(run / "pretrained" / "model.safetensors")
+    for path in (run / "pretrained").iterdir():
+        path.unlink()
+    (run / "pretrained").rmdir()
+    fit(tmp_path)
+    after = load_file(run / "pretrained" / "model.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_stage_2_builds_on_the_newest_stage_1_of_its_data_and_samples(vae, tmp_path, capsys):
+    words = [
+        "fit",
+        "-c",
+        str(HERE / "tiny_vae.yaml"),
+        "-c",
+        str(HERE / "tiny_ldm.yaml"),
+        "--model.autoencoder",
+        str(vae),
+    ]
+    words += ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "3", "--run.root", str(tmp_path / "ldm")]
+    with pytest.raises(SystemExit, match="001 was trained on other data"):
+        main([*words, "--data.n_slices", "20"])
+    assert not (tmp_path / "ldm").exists()
+    main(words)
+    config = yaml.safe_load((tmp_path / "ldm" / "001" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["autoencoder"] == str(vae / "001" / "pretrained")
+
+    sample = [
+        "predict",
+        "-c",
+        str(HERE.parent / "experiments" / "sample.yaml"),
+        "--run.root",
+        str(tmp_path / "samples"),
+    ]
+    sample += ["--model.folder", str(tmp_path / "ldm"), "--model.sampling.steps", "3", "--trainer.accelerator", "cpu"]
+    main([*sample, "--data.n_samples", "5", "--data.batch_size", "2", "--data.prompts", '["FDG:brain", "PSMA:open"]'])
+    main([*sample, "--data.n_samples", "1", "--data.seed", "1", "--data.prompts", '["PSMA:open"]'])
+    with (
+        h5py.File(tmp_path / "samples" / "001" / "samples.h5") as five,
+        h5py.File(tmp_path / "samples" / "002" / "samples.h5") as one,
+    ):
+        assert five.attrs["provenance"] == "synthetic"
+        assert five["sinogram"].shape == (5, 16, 16)
+        assert five["image"].shape == (5, 16, 16)
+        assert five["prompt"].asstr()[:].tolist() == ["FDG:brain", "PSMA:open"] * 2 + ["FDG:brain"]
+        assert five["seed"][:].tolist() == [0, 1, 2, 3, 4]
+        # alone or in a batch: rounding apart, the sample of seed 1
+        in_batch, alone = (torch.tensor(file["sinogram"][index]) for file, index in ((five, 1), (one, 0)))
+        torch.testing.assert_close(in_batch, alone, rtol=0, atol=1e-4 * float(alone.max()))
+    with Image.open(tmp_path / "samples" / "001" / "transition.gif") as animation:
+        assert animation.n_frames == 3
+    assert (tmp_path / "samples" / "001" / "gallery.png").stat().st_size > 1000
+
+
+def test_sampling_before_stage_2_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="none at all"):
+        main([*SAMPLE, "--run.root", str(tmp_path), "--model.folder", str(tmp_path / "ldm")])
+
+
+def test_a_run_folder_can_be_tested_and_a_checkpoint_does_not_override_the_command_line(vae, capsys):
+    run = vae / "001"
+    weights = str(run / "checkpoints" / "last.ckpt")
+    main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", weights, "--trainer.enable_progress_bar", "false"])
+    assert "test/relative_l2" in capsys.readouterr().out
+    assert [path.name for path in vae.iterdir()] == ["001"]
+    system = allpet.AutoencoderSystem.from_pretrained(run / "pretrained")
+    assert system.geometry is not None
+
+
+def test_wandb_offline_keeps_every_run_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for rate in ("0.001", "0.002"):
+        fit(tmp_path, "--trainer.max_steps", "1", "--trainer.logger", "WandbLogger", "--model.learning_rate", rate)
+    for number, rate in (("001", 0.001), ("002", 0.002)):
+        run = tmp_path / number
+        assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["learning_rate"] == rate
+        assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+        assert scores(run)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path / "vae", "--trainer.fast_dev_run", "true")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--model.learning_rat", "1"], ["--trainer.max_stepss", "1"], ["--data.n_slices", "many"]]
+)
+def test_a_wrong_option_is_refused(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, *wrong)
+    assert stop.value.code == 2
+    assert wrong[0].split(".")[-1] in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text("trainer: {max_stepss: 3}\n")
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, "-c", str(tmp_path / "wrong.yaml"))
+    assert stop.value.code == 2
+    assert "max_stepss" in capsys.readouterr().err
+
+
+def test_print_config_prints_what_would_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*VAE, "--model.learning_rate", "0.5", "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["predict", "--help"]])
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
