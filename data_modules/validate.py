@@ -159,7 +159,7 @@ def inspect_folder(
         _check_patients(report, files, patient)
     if others:
         rows.append(Row("INFO", ALL, f"{len(others)} other file(s) are not looked at, the first is {others[0]}"))
-    rows.sort(key=lambda row: ("ERROR", "WARN", "INFO").index(row.level))
+    rows.sort(key=lambda row: (("ERROR", "WARN", "INFO").index(row.level), row.file))
     return report, files
 
 
