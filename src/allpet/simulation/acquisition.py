@@ -2,13 +2,13 @@
 
 Per bin, with the system's blur P, attenuation factors ``a = exp(-R mu)`` and a scale ``c`` in counts per SUV mm,
 
-    prompts ~ Poisson(dose * (c * a * R(P x) + scatter) + randoms)
-    corrected = (prompts - randoms - scatter) / (a * c * dose)
+    prompts ~ Poisson(e * (dose * (c * a * R(P x) + scatter) + randoms))
+    corrected = (prompts - e * (randoms + scatter)) / (e * a * c * dose)
 
-Counts belong to a slice, not to a bin: sampling it with more views or bins spreads the same counts. They are those of a
-scanner without time of flight; one with it reaches the same image noise with a half to a quarter of them. Scatter is
-attenuated trues blurred widely and scaled to a drawn scatter fraction: enough to learn from, not a single-scatter
-simulation.
+with detector efficiencies ``e`` that are 1 unless given. Counts belong to a slice, not to a bin: sampling it with more
+views or bins spreads the same counts. They are those of a scanner without time of flight; one with it reaches the same
+image noise with a half to a quarter of them. Scatter is attenuated trues blurred widely and scaled to a drawn scatter
+fraction: enough to learn from, not a single-scatter simulation.
 """
 
 from __future__ import annotations
@@ -68,17 +68,41 @@ class Levels(NamedTuple):
     bow: Tensor
 
 
+class CorrectionState(NamedTuple):
+    """What has been done to a sinogram; data carry it, so that nothing is corrected twice.
+
+    Attributes:
+        randoms_subtracted: the expected randoms were subtracted; values may be negative.
+        scatter_subtracted: the expected scatter was subtracted; values may be negative.
+        normalised: divided by detector efficiencies.
+        attenuation_corrected: divided by attenuation factors.
+        decay_corrected: activity refers to the time of injection.
+        reprojected: projected from an image, not measured.
+    """
+
+    randoms_subtracted: bool = False
+    scatter_subtracted: bool = False
+    normalised: bool = False
+    attenuation_corrected: bool = False
+    decay_corrected: bool = False
+    reprojected: bool = False
+
+
+RAW = CorrectionState()
+CORRECTED = CorrectionState(True, True, True, True, True)
+
+
 class Acquisition(NamedTuple):
     """A batch of acquired slices; sinograms are ``(batch, 1, views, bins)``, float32.
 
     Attributes:
-        prompts: counts.
+        prompts: counts; their state is ``RAW``.
         expected_trues: mean number of true counts, attenuated.
         attenuation_factor: exp(-R mu), the share of photon pairs that leaves the body.
         scatter: mean number of scattered counts.
         randoms: mean number of random counts.
         expected: noise-free, attenuation-corrected: R(P x), SUV mm.
-        corrected: noisy and corrected for everything, SUV mm.
+        corrected: noisy, SUV mm; its state is ``CORRECTED``. Where no detector counts (``efficiency`` 0) it is 0.
         scale: counts per SUV mm without attenuation, dose included, ``(batch, 1, 1, 1)``.
     """
 
@@ -128,6 +152,7 @@ def acquire(
     mode: str = "dose",
     psf_mm: float = PSF_MM,
     levels: Levels | None = None,
+    efficiency: Tensor | None = None,
 ) -> Acquisition:
     """Acquire a batch of slices.
 
@@ -142,6 +167,7 @@ def acquire(
             scan, so all falls alike; ``thinning``: as ``time``, by keeping a random share of the normal scan's counts.
         psf_mm: FWHM of the system's resolution, mm (``Tracer.resolution_mm`` adds the positron's range).
         levels: counts and fractions; drawn with ``draw_levels`` if not given.
+        efficiency: of each bin, ``(views, bins)``, 0 in gaps, from ``draw_efficiency``; ideal if not given.
 
     Raises:
         ValueError: if the dose or the mode is impossible or the number of regions is wrong.
@@ -161,6 +187,8 @@ def acquire(
         level.to(activity.device, torch.float32).view(-1, 1, 1, 1) for level in levels
     )
     blur = gaussian_blur(g.image_size, psf_mm / g.pixel_mm).to(activity)
+    seen = torch.ones(g.sinogram_shape) if efficiency is None else efficiency
+    seen = seen.to(activity)
     lines = radon.project(torch.cat([blur @ activity @ blur, attenuation]))
     expected = lines[: len(activity)]
     factor = torch.exp(-lines[len(activity) :])
@@ -173,17 +201,54 @@ def acquire(
     randoms = (1 + bow * (2 * s**2 - 1)).expand_as(trues)
     detected = trues_per_slice / (1 - scatter_share)
     randoms = randoms * (randoms_share / (1 - randoms_share) * detected / _total(randoms))
+    share = dose**2 if mode == "dose" else dose  # of the randoms
     if mode == "thinning":
-        full = poisson(trues + scatter + randoms, generator)
-        share = torch.full_like(full, dose)
-        prompts = torch.binomial(full.cpu(), share.cpu(), generator=generator).to(full.device)
+        full = poisson(seen * (trues + scatter + randoms), generator).to(generator.device)
+        prompts = torch.binomial(full, torch.full_like(full, dose), generator=generator).to(trues.device)
     else:
-        less = dose**2 if mode == "dose" else dose
-        prompts = poisson(dose * (trues + scatter) + less * randoms, generator)
-    randoms = randoms * (dose**2 if mode == "dose" else dose)
-    trues, scatter, scale = dose * trues, dose * scatter, dose * scale
-    corrected = (prompts - randoms - scatter) / (factor * scale)
+        prompts = poisson(seen * (dose * (trues + scatter) + share * randoms), generator)
+    randoms, trues, scatter, scale = share * seen * randoms, dose * seen * trues, dose * seen * scatter, dose * scale
+    corrected = (prompts - randoms - scatter) / (seen * factor * scale)
+    corrected = torch.where(seen > 0, corrected, 0.0)
     return Acquisition(prompts, trues, factor, scatter, randoms, expected, corrected, scale)
+
+
+def draw_efficiency(
+    geometry: ParallelBeam,
+    generator: torch.Generator,
+    sd: float = 0.04,
+    gap_every: int = 0,
+    ring_mm: float = 420.0,
+) -> Tensor:
+    """Draw detector efficiencies: products of those of the two crystals on each line of response.
+
+    Crystals with their own efficiencies on a ring make diamond patterns in a sinogram; missing ones make stripes.
+
+    Args:
+        geometry: of the sinogram; the ring has two crystals per view, half a bin's turn apart.
+        generator: source of randomness.
+        sd: relative spread of the crystals' efficiencies.
+        gap_every: every so-manieth crystal is missing; 0 for none.
+        ring_mm: radius of the ring, mm; must be larger than the field of view.
+
+    Returns:
+        Efficiency of each bin relative to the mean crystal, ``(views, bins)``, float32; 0 in gaps.
+
+    Raises:
+        ValueError: if the bins reach beyond the ring.
+    """
+    reach = geometry.bin_centers.abs().max().item()
+    if reach >= ring_mm:
+        raise ValueError(f"The bins reach {reach:.0f} mm from the axis, beyond the ring's radius ring_mm={ring_mm}.")
+    n = 2 * geometry.n_views
+    crystal = (1 + sd * torch.randn(n, generator=generator)).clamp_min(0.2)
+    if gap_every:
+        crystal[::gap_every] = 0
+    # A line at angle theta and distance s meets the ring at theta +- acos(s / radius).
+    half = torch.acos(geometry.bin_centers / ring_mm)
+    ends = (geometry.angles[:, None] + sign * half for sign in (1, -1))
+    first, second = (crystal[(end * (n / (2 * math.pi))).round().long() % n] for end in ends)
+    return first * second
 
 
 def poisson(mean: Tensor, generator: torch.Generator) -> Tensor:

@@ -203,7 +203,7 @@ def paint_head(canvas: Canvas, head: Head, lesions: Sequence[tuple[HeadLesion, S
 
 
 def _to_average(canvas: Canvas, head: Head, rows: slice, columns: slice) -> tuple[Position, Position]:
-    """Return where samples lie in the average brain, and the warp to be added, three ``(n, rows, columns)`` each, mm."""
+    """Return where samples lie in the average brain and the warp to be added, three ``(n, rows, columns)`` each, mm."""
     xs, ys = canvas.x[columns], canvas.y[rows]
     wx, wy, wz = (field.on_grid(canvas.z, ys, xs) * np.float32(head.warp_mm) for field in head.warp)
     # The brain's centre (0, -18) in MNI space sits on the axis of the scanner, but for the shift.

@@ -91,8 +91,9 @@ def patient_slices(
 ) -> SlicePhantom:
     """Return slices of one virtual patient, evenly spread over a region.
 
-    The patient's body depends on the seed alone (and shrinks where it would not fit in the field of view); the region
-    and the tracer choose what of it is seen. Equal arguments give bit-identical rasters.
+    The patient's body depends on the seed alone (it shrinks where it would not fit in the field of view, and a tracer
+    given to one sex finds that sex); the region and the tracer choose what of it is seen. Equal arguments give
+    bit-identical rasters.
 
     Args:
         seed: the patient.
@@ -108,19 +109,20 @@ def patient_slices(
     if n_slices < 1:
         raise ValueError(f"n_slices is {n_slices}, but a patient needs at least one slice.")
     table = tracer_table(tracer) if isinstance(tracer, str) else tracer
-    patient = draw_patient(seed, region, geometry.field_of_view_mm)
+    patient = draw_patient(seed, region, geometry.field_of_view_mm, table.sex)
     z = slice_heights(seed, region, n_slices)
     activity, attenuation, labels = paint_patient(patient, z, geometry, [Scan(table, minutes)])
     return SlicePhantom(activity[0], attenuation, labels, torch.from_numpy(z), region, table.name, seed)
 
 
-def draw_patient(seed: int, region: str, field_of_view_mm: float) -> Patient:
+def draw_patient(seed: int, region: str, field_of_view_mm: float, sex: str = "") -> Patient:
     """Draw a region of a patient.
 
     Args:
         seed: the patient.
         region: ``brain``, ``chest``, ``abdomen`` or ``pelvis``.
         field_of_view_mm: radius of the disc that the body must lie in.
+        sex: ``male`` or ``female``; drawn if empty.
 
     Raises:
         ValueError: if the region is unknown.
@@ -133,7 +135,7 @@ def draw_patient(seed: int, region: str, field_of_view_mm: float) -> Patient:
         return Patient(
             seed, region, brain.draw_head(Draw(keyed_generator(seed, "head")), limit), draw_head_lesions(lesions)
         )
-    body = trunk.draw_trunk(Draw(keyed_generator(seed, "trunk")), limit)
+    body = trunk.draw_trunk(Draw(keyed_generator(seed, "trunk")), limit, sex)
     return Patient(seed, region, body, draw_lesions(lesions, body, region, trunk.Z_RANGES_MM[region]))
 
 

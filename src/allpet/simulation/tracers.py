@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from allpet.simulation.tissues import TISSUES
+
 HALF_LIFE_MIN = {"F18": 109.77, "Ga68": 67.71}
 """Half-lives in minutes (Decay Data Evaluation Project)."""
 POSITRON_RANGE_MM = {"F18": 0.6, "Ga68": 2.6}
@@ -39,6 +41,7 @@ class Tracer(NamedTuple):
         isotope: key of ``HALF_LIFE_MIN`` and ``POSITRON_RANGE_MM``.
         minutes: time after injection that the means hold for.
         late_minutes: time after injection that ``mean * late`` holds for.
+        sex: ``male`` or ``female`` where only they are given the tracer; empty for both.
         uptake: tissue -> row.
         lesions: kind of lesion -> row, whose group is ``suv`` or ``contrast`` (a factor on the tissue around it).
     """
@@ -47,6 +50,7 @@ class Tracer(NamedTuple):
     isotope: str
     minutes: float
     late_minutes: float
+    sex: str
     uptake: dict[str, Uptake]
     lesions: dict[str, Uptake]
 
@@ -105,7 +109,7 @@ def read_tracer(path: str | Path) -> Tracer:
     Rows of lesions are named ``lesion_KIND`` and have ``suv`` or ``contrast`` for a group.
 
     Raises:
-        ValueError: if a line cannot be read or a heading is missing.
+        ValueError: if a line cannot be read, or a heading or a tissue is missing.
     """
     head: dict[str, str] = {}
     uptake: dict[str, Uptake] = {}
@@ -127,8 +131,11 @@ def read_tracer(path: str | Path) -> Tracer:
         raise ValueError(f"{path} lacks the heading {', '.join(sorted(missing))}.")
     if head["isotope"] not in HALF_LIFE_MIN:
         raise ValueError(f"{path} names isotope {head['isotope']!r}; known are {', '.join(HALF_LIFE_MIN)}.")
+    if lacking := {tissue.uptake for tissue in TISSUES.values()} - {""} - uptake.keys():
+        raise ValueError(f"{path} lacks rows for {', '.join(sorted(lacking))}; every tissue needs one.")
     lesions = {name.removeprefix("lesion_"): uptake.pop(name) for name in list(uptake) if name.startswith("lesion_")}
-    return Tracer(head["name"], head["isotope"], float(head["minutes"]), float(head["late_minutes"]), uptake, lesions)
+    minutes, late_minutes = float(head["minutes"]), float(head["late_minutes"])
+    return Tracer(head["name"], head["isotope"], minutes, late_minutes, head.get("sex", ""), uptake, lesions)
 
 
 @functools.cache

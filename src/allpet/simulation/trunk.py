@@ -46,11 +46,11 @@ class Trunk(NamedTuple):
     stencils: dict[str, Solid]
 
 
-def draw_trunk(draw: Draw, limit_mm: float) -> Trunk:
-    """Draw a patient's trunk that fits in a field of view of radius ``limit_mm``."""
+def draw_trunk(draw: Draw, limit_mm: float, sex: str = "") -> Trunk:
+    """Draw a patient's trunk that fits in a field of view of radius ``limit_mm``, of a given sex or any."""
     pose = Pose(draw.normal(0, 3.0), draw.normal(0, 3.0), draw.normal(0, 0.025))
     limit_mm -= math.hypot(pose.x, pose.y)
-    build = draw_build(draw, limit_mm)
+    build = draw_build(draw, limit_mm, sex)
     sculptor = Sculptor(draw, build)
     stencils = _add_wall(sculptor, limit_mm)
     viscera.add_lungs(sculptor)
@@ -60,9 +60,9 @@ def draw_trunk(draw: Draw, limit_mm: float) -> Trunk:
     return Trunk(build, pose, tuple(sculptor.solids), stencils)
 
 
-def draw_build(draw: Draw, limit_mm: float) -> Build:
+def draw_build(draw: Draw, limit_mm: float, sex: str = "") -> Build:
     """Draw a patient's size; one too large for a field of view of radius ``limit_mm`` is shrunk to fit."""
-    female = draw.chance(0.45)
+    female = draw.chance(0.45) if not sex else sex == "female"
     size = draw.normal(0.94 if female else 1.02, 0.05)
     weight = draw.normal()
     build = Build(
@@ -182,7 +182,7 @@ def _add_spine(s: Sculptor) -> None:
         s.add("marrow", (side * 26, behind(24)), (14, 5), (30, 200), side * -0.2, taper=8)
     size = ([(-170, 26), (0, 22), (220, 15)], [(-170, 18), (0, 17), (220, 13)])
     body = s.add("cortical_bone", (0, axis), size, (30, 205), power=2.3, taper=20, lobes=0.04, move=1)
-    s.fill(body, "marrow", 0.88)
+    s.fill(body, "marrow", 0.88, tall=1.0)
     arch = s.add("rib", (0, behind(24)), (17, 12), (30, 205), taper=20, move=1)
     s.solids.append(arch._replace(tissue="csf", a=scaled(arch.a, 0.55), b=scaled(arch.b, 0.62)))
     s.add("rib", (0, behind(42)), (4, [(-170, 12), (220, 10)]), (30, 205), taper=20, move=1, within="body")
