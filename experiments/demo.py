@@ -1,0 +1,194 @@
+"""From nothing to generated sinograms: train both stages on simulated slices and look at what comes out.
+
+    python experiments/demo.py [--seed 0]          (make demo)
+
+Leaves, in ``outputs/demo/``, both runs, ``gallery.png`` (generated sinograms and their FBP images beside held-out ones)
+and ``transition.gif`` (how they emerge from noise), and the numbers in ``outputs/reports/demo.json`` and ``demo.md``:
+consistency of expected, noisy, reconstructed and generated sinograms, error of the reconstruction, distance of
+generated sinograms to the nearest training slice and their diversity. What is measured is the raw output of the
+decoder. Given again, the command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from allpet import AutoencoderSystem, LatentDiffusion, ParallelBeam, Prompt, Radon, SinogramBatch, fbp
+from allpet.cli import main as allpet
+from allpet.consistency import consistency_numbers
+from allpet.metrics import diversity, energy_distance, nearest_distance, relative_l2
+from allpet.reports import table, write_report
+from allpet.runs import newest_pretrained
+from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
+from data_modules import SimulatedPET
+
+KINDS = ("expected", "noisy", "reconstructed", "generated")
+NUMBERS = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
+
+
+def train(stage: str, folder: Path, seed: int, steps: int | None, extra: list[str]) -> Path:
+    """Train a stage through the command line and return its pretrained folder."""
+    words = ["fit"]
+    for name in ("defaults", stage, "scale/laptop", "demo"):
+        words += ["-c", f"experiments/{name}.yaml"]
+    words += [
+        f"--run.root={folder / stage}",
+        f"--seed_everything={seed}",
+        f"--model.seed={seed}",
+        f"--data.seed={seed}",
+    ]
+    allpet(words + ([f"--trainer.max_steps={steps}"] if steps else []) + extra)
+    return newest_pretrained(folder / stage)
+
+
+def held_out(data: SimulatedPET, prompt: str) -> SinogramBatch:
+    """Return all test slices of a prompt as one batch, with the masks of evaluation."""
+    names = data.test_set.prompt.names()
+    return data.augment(data.test_set[[row for row, name in enumerate(names) if name == prompt]])
+
+
+def measure(
+    kind: str, prompt: str, sinogram: Tensor, real: SinogramBatch, train_expected: Tensor, geometry: ParallelBeam
+) -> dict[str, Any]:
+    """Return one row of the table; every number is a median over slices but diversity and energy distance.
+
+    Args:
+        kind: one of ``KINDS``.
+        prompt: of all slices.
+        sinogram: what is measured, ``(slices, 1, views, bins)``.
+        real: held-out slices of the same prompt.
+        train_expected: expected sinograms of the training slices of the same prompt.
+        geometry: of all sinograms.
+    """
+    row: dict[str, Any] = {"kind": kind, "prompt": prompt, "slices": len(sinogram)}
+    numbers = consistency_numbers(sinogram, geometry)
+    row |= {name: float(numbers[name].median()) for name in NUMBERS}
+    if kind in ("noisy", "reconstructed"):
+        row["relative_l2"] = float(relative_l2(sinogram, real.expected).median())
+    row["nearest_training"] = float(nearest_distance(sinogram, train_expected).median())
+    row["diversity"] = float(diversity(sinogram))
+    row["energy_distance"] = float(energy_distance(sinogram, real.expected))
+    return row
+
+
+def draw(
+    folder: Path,
+    prompts: list[str],
+    real: dict[str, SinogramBatch],
+    generated: dict[str, Tensor],
+    radon: Radon,
+    columns: int = 8,
+) -> Path:
+    """Draw the gallery: for each prompt held-out slices and generated ones, sinograms above their FBP images."""
+    rows, labels = [], []
+    for prompt in prompts:
+        for name, sinograms in (("held-out", real[prompt].expected), ("generated", generated[prompt])):
+            chosen = sinograms[torch.linspace(0, len(sinograms) - 1, columns).long()]
+            images = fbp(radon, chosen)
+            rows += [[Tile(s[0], (0, top(s))) for s in chosen], [Tile(i[0], (0, top(i))) for i in images]]
+            labels += [f"{prompt}\n{name}\nsinogram", f"{prompt}\n{name}\nFBP image"]
+    return save_figure(
+        draw_grid(rows, labels, "FDG, simulated patients and generated ones; each tile in its own range"),
+        folder / "gallery.png",
+    )
+
+
+def animate(folder: Path, model: LatentDiffusion, prompts: list[str], radon: Radon, seed: int) -> Path:
+    """Draw how one sinogram of each prompt, and its image, emerge from noise."""
+    frames: list[tuple[str, Tensor]] = []
+    model.sample(
+        Prompt.of(prompts),
+        [seed + index for index in range(len(prompts))],
+        callback=lambda step, steps, sinogram: frames.append((f"step {step} of {steps}", sinogram.clone())),
+    )
+    limits = [(top(s), top(i)) for s, i in zip(frames[-1][1], fbp(radon, frames[-1][1]), strict=True)]
+    pictures = [
+        [
+            [Tile(s[0], (0, high)) for s, (high, _) in zip(sinogram, limits, strict=True)],
+            [Tile(i[0], (0, high)) for i, (_, high) in zip(fbp(radon, sinogram), limits, strict=True)],
+        ]
+        for _, sinogram in frames
+    ]
+    return save_animation(pictures, [label for label, _ in frames], folder / "transition.gif")
+
+
+def main() -> None:
+    """Train, generate, measure, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, masks, noise and samples")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of runs and pictures")
+    parser.add_argument("--reports", type=Path, default=Path("outputs/reports"), help="folder of the numbers")
+    parser.add_argument("--vae-steps", type=int, help="steps of stage 1 (default: experiments/scale/laptop.yaml)")
+    parser.add_argument("--ldm-steps", type=int, help="steps of stage 2 (default: the same file)")
+    parser.add_argument("--samples", type=int, default=64, help="generated sinograms per prompt")
+    arguments, extra = parser.parse_known_args()
+    began = time.perf_counter()
+    folder, seed = arguments.output, arguments.seed
+
+    vae_folder = train("vae", folder, seed, arguments.vae_steps, extra)
+    ldm_folder = train("ldm", folder, seed, arguments.ldm_steps, [f"--model.autoencoder={vae_folder}", *extra])
+
+    model = LatentDiffusion.from_pretrained(ldm_folder)
+    assert model.geometry is not None
+    data = SimulatedPET(model.geometry, **OmegaConf.load("experiments/demo.yaml").data.init_args)
+    data.setup()
+    radon, prompts = data.radon, list(data.prompts)
+    autoencoder = AutoencoderSystem.from_pretrained(vae_folder)
+    real = {prompt: held_out(data, prompt) for prompt in prompts}
+    generated = {
+        prompt: model.sample(
+            Prompt.of([prompt] * arguments.samples),
+            range(seed * 1000, seed * 1000 + arguments.samples),
+            progress=True,
+        ).sinogram
+        for prompt in tqdm(prompts, desc="Generating", leave=False)
+    }
+    rows = []
+    for prompt in prompts:
+        train_rows = [row for row, name in enumerate(data.train_set.prompt.names()) if name == prompt]
+        trained_on = data.train_set[train_rows].expected
+        kinds = {
+            "expected": real[prompt].expected,
+            "noisy": real[prompt].sinogram,
+            "reconstructed": autoencoder.reconstruct(real[prompt]),
+            "generated": generated[prompt],
+        }
+        rows += [measure(kind, prompt, kinds[kind], real[prompt], trained_on, data.geometry) for kind in KINDS]
+
+    pictures = [draw(folder, prompts, real, generated, radon), animate(folder, model, prompts, radon, seed * 1000)]
+    summary = {
+        kind: {
+            name: statistics.median(row[name] for row in rows if row["kind"] == kind)
+            for name in (*NUMBERS, "relative_l2")
+            if name in next(row for row in rows if row["kind"] == kind)
+        }
+        for kind in KINDS
+    }
+    latents = torch.cat([model.encode(real[prompt]) for prompt in prompts])
+    seconds = time.perf_counter() - began
+    report = write_report(
+        "demo",
+        rows,
+        [seed],
+        arguments.reports,
+        seconds=seconds,
+        **summary,
+        latent_std=latents.std(dim=(0, 2, 3)).tolist(),
+    )
+    print(table(rows))
+    print(f"Latent std per channel: {', '.join(f'{value:.2f}' for value in latents.std(dim=(0, 2, 3)).tolist())}.")
+    print(f"{seconds:.0f} seconds. Runs: {vae_folder.parent}, {ldm_folder.parent}")
+    print(f"Pictures: {', '.join(map(str, pictures))}. Numbers: {report}")
+
+
+if __name__ == "__main__":
+    main()
