@@ -14,8 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SCALE_FILE := experiments/scale/$(SCALE).yaml
 
-# what the user set, as options of the command line
-DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND))
+# What the user set, as options of the command line. Sinograms keep their own views and bins; images that are said to be
+# images are projected to the geometry of SCALE.
+DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
+	$(if $(filter image,$(KIND)),,--data.geometry null))
 SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
