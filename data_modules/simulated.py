@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -206,6 +207,7 @@ def _digest(identity: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+@functools.cache
 def _simulator_digest() -> str:
     """Identify the simulator by its source and tables: whoever changes it changes the data."""
     folder = Path(allpet.simulation.__file__).parent
