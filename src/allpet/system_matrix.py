@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
@@ -48,27 +49,30 @@ class SystemMatrix:
     def __init__(self, forward: Tensor, transpose: Tensor, pixels: Tensor, rays: Tensor) -> None:
         self.forward, self.transpose, self.pixels, self.rays = forward, transpose, pixels, rays
         self.images = pixels.shape[1]
-        # Where each pixel of the image stands in the transposed product, as pixel * images + image.
-        self.places = pixels.argsort(dim=0) * self.images + torch.arange(self.images, device=pixels.device)
+        # The other way round: where each pixel of the image stands in the transpose's product, as pixel * images +
+        # image, and which ray each row and image belongs to; rows that serve no ray in some image get a ray of zeros.
+        self._places = pixels.argsort(dim=0) * self.images + torch.arange(self.images, device=pixels.device)
+        self._slots = rays.new_full((forward.shape[0] * self.images,), len(rays))
+        self._slots[rays] = torch.arange(len(rays), device=rays.device)
 
     def project(self, image: Tensor) -> Tensor:
         """``(batch, rows * columns) -> (batch, views * bins)``."""
         sinogram = image.new_empty(len(image), len(self.rays))
+        pixels = self.pixels.flatten()
         for panel in self._panels(image):
-            columns = image[panel].t().contiguous()[self.pixels]
-            products = _multiply(self.forward, columns.flatten(1))
-            sinogram[panel] = products.view(-1, columns.shape[-1])[self.rays].t()
+            columns = image[panel].t()[pixels]
+            products = _multiply(self.forward, columns.view(len(self.pixels), -1))
+            sinogram[panel] = products.view(-1, columns.shape[1]).index_select(0, self.rays).t()
         return sinogram
 
     def backproject(self, sinogram: Tensor) -> Tensor:
         """``(batch, views * bins) -> (batch, rows * columns)``."""
         image = sinogram.new_empty(len(sinogram), len(self.pixels))
         for panel in self._panels(sinogram):
-            bins = sinogram[panel].t()
-            columns = bins.new_zeros(self.forward.shape[0] * self.images, bins.shape[1])
-            columns[self.rays] = bins
-            products = _multiply(self.transpose, columns.view(self.forward.shape[0], -1))
-            image[panel] = products.view(-1, bins.shape[1])[self.places].sum(1).t()
+            bins = F.pad(sinogram[panel].t(), (0, 0, 0, 1))
+            columns = bins.index_select(0, self._slots)
+            products = _multiply(self.transpose, columns.view(len(self.forward), -1))
+            image[panel] = F.embedding_bag(self._places, products.view(-1, bins.shape[1]), mode="sum").t()
         return image
 
     def _panels(self, batch: Tensor) -> Iterator[slice]:
