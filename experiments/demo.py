@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +49,16 @@ def train(stage: str, folder: Path, seed: int, steps: int | None, extra: list[st
     ]
     allpet(words + ([f"--trainer.max_steps={steps}"] if steps else []) + extra)
     return newest_pretrained(folder / stage)
+
+
+def data_of_run(run: Path) -> SimulatedPET:
+    """Make the data that a run was trained on, from its resolved configuration."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(SimulatedPET, "data")
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    data: SimulatedPET = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data.setup()
+    return data
 
 
 def held_out(data: SimulatedPET, prompt: str) -> SinogramBatch:
@@ -138,9 +149,7 @@ def main() -> None:
     ldm_folder = train("ldm", folder, seed, arguments.ldm_steps, [f"--model.autoencoder={vae_folder}", *extra])
 
     model = LatentDiffusion.from_pretrained(ldm_folder)
-    assert model.geometry is not None
-    data = SimulatedPET(model.geometry, **OmegaConf.load("experiments/demo.yaml").data.init_args)
-    data.setup()
+    data = data_of_run(ldm_folder.parent)
     radon, prompts = data.radon, list(data.prompts)
     autoencoder = AutoencoderSystem.from_pretrained(vae_folder)
     real = {prompt: held_out(data, prompt) for prompt in prompts}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,10 +18,10 @@ from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.pretrained import load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
-from allpet.systems.optimizers import cosine_adamw
+from allpet.systems.base import CosineSystem
 
 
-class AutoencoderSystem(LightningModule):
+class AutoencoderSystem(CosineSystem):
     """Train an autoencoder on stacks: L1 + frequency-weighted L1 + KL, and a patch discriminator if one is given.
 
     The data module supplies the scale of the data set and, in ``batch.stack``, the masks drawn by RMAS.
@@ -56,10 +54,9 @@ class AutoencoderSystem(LightningModule):
         adversarial_start: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, warmup_steps, weight_decay)
         self.autoencoder = autoencoder
         self.discriminator = discriminator
-        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.kl_weight, self.image_weight, self.mask_weight = kl_weight, image_weight, mask_weight
         self.adversarial_weight, self.adversarial_start, self.seed = adversarial_weight, adversarial_start, seed
         self.geometry: ParallelBeam | None = None
@@ -131,10 +128,6 @@ class AutoencoderSystem(LightningModule):
         """Reconstruct the full sinograms of a batch."""
         return self.reconstruct(batch)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and a cosine decay over the planned steps."""
-        return cosine_adamw(self, self.learning_rate, self.warmup_steps, self.weight_decay)
-
     @torch.no_grad()
     def reconstruct(self, batch: SinogramBatch) -> Tensor:
         """Return the reconstructed full sinograms in data units, ``(batch, 1, views, bins)``."""
@@ -181,7 +174,10 @@ class AutoencoderSystem(LightningModule):
         return system.eval()
 
     def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
-        losses = {"l1": stack_loss(output, target), "image": F.l1_loss(weight_by_frequency(output), weight_by_frequency(target))}
+        losses = {
+            "l1": stack_loss(output, target),
+            "image": F.l1_loss(weight_by_frequency(output), weight_by_frequency(target)),
+        }
         if self.autoencoder.stack_channels == 3 and batch.stack is not None:
             # where nothing is emitted any mask is right
             activity = target[:, 1:2].clamp(max=1)

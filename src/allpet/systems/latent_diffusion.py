@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from allpet.batches import PromptBatch, SinogramBatch
@@ -23,7 +22,7 @@ from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.optimizers import cosine_adamw
+from allpet.systems.base import CosineSystem
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class _Frozen:
         return self
 
 
-class LatentDiffusion(LightningModule):
+class LatentDiffusion(CosineSystem):
     """Latent diffusion with prompts (Rombach et al., arXiv 2112.10752, on the stacks of arXiv 2509.09130).
 
     Args:
@@ -120,7 +119,7 @@ class LatentDiffusion(LightningModule):
         sampling: Sampling = Sampling(),
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, warmup_steps, weight_decay)
         self.geometry: ParallelBeam | None = None
         if isinstance(autoencoder, (str, Path)):
             stage1 = AutoencoderSystem.from_pretrained(autoencoder)
@@ -132,7 +131,6 @@ class LatentDiffusion(LightningModule):
             )
         self._frozen = _Frozen(autoencoder)
         self.denoiser, self.diffusion, self.sampling = denoiser, diffusion, sampling
-        self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
     @property
@@ -182,10 +180,6 @@ class LatentDiffusion(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Samples:
         """Generate one sinogram for each prompt and seed."""
         return self.sample(batch.prompt, batch.seed.tolist())
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and a cosine decay over the planned steps."""
-        return cosine_adamw(self, self.learning_rate, self.warmup_steps, self.weight_decay)
 
     @torch.no_grad()
     def sample(

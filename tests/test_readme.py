@@ -1,0 +1,114 @@
+"""The README: every command in it is run, with budgets of a few steps, on look-alike data."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = (
+    "--trainer.max_steps=2 --data.num_scans=16 --data.val_patients=2 --data.test_patients=2 --data.batch_size=8 "
+    "--trainer.accelerator=cpu --model.warmup_steps=1"
+)
+FILES = "-c experiments/defaults.yaml -c experiments/vae.yaml -c experiments/scale/laptop.yaml"
+FOLDER = TINY.replace("--data.num_scans=16 --data.val_patients=2 --data.test_patients=2 ", "")
+# What is appended to each command so that it ends within seconds; None: run elsewhere, as said.
+COMMANDS: dict[str, str | None] = {
+    "make demo": "--vae-steps=2 --ldm-steps=2 --samples=4 --data.num_scans=20 --data.val_patients=2",
+    "make help": "",
+    "make train-vae": TINY,
+    "make train-ldm": TINY,
+    "make sample N=16 PROMPT=FDG:brain": "--model.sampling.steps=2",
+    "make sample N=16 PROMPT=PSMA:abdomen VIEWS=96 BINS=128 COUNTS=1e6": "--model.sampling.steps=2",
+    'make train-vae ARGS="--trainer.max_steps=3000 --data.num_scans=100"': TINY,
+    "make train-ldm SCALE=gpu24": None,  # test_experiments parses it; it needs the GPU it is for
+    'WANDB_MODE=offline make train-vae ARGS="--trainer.logger=WandbLogger"': TINY,
+    f"allpet fit {FILES} --print_config": "",
+    "make validate-data DATA=my_scans": "",
+    "make train-vae DATA=my_scans KIND=sinogram": FOLDER,
+    "make train-ldm DATA=my_scans KIND=sinogram": FOLDER,
+    "make test": None,  # this
+    "make check": None,  # CI runs it
+}
+
+
+def shell_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_is_known_here():
+    assert set(shell_commands()) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A copy of the project to run in, with a folder of sinograms of three patients in it."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("Makefile", "experiments"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+    generator = np.random.default_rng(0)
+    bins = np.arange(80) - 39.5
+    for patient in range(3):
+        (place / "my_scans" / f"patient{patient}").mkdir(parents=True)
+        for part in range(4):
+            half_width = generator.uniform(15, 30)
+            view = 2 * np.sqrt(np.clip(half_width**2 - bins**2, 0, None))
+            sinogram = generator.poisson(50 * np.tile(view, (64, 1))).astype(np.float32)
+            np.save(place / "my_scans" / f"patient{patient}" / f"slice_{part}.npy", sinogram)
+    return place
+
+
+def run(place: Path, command: str, extra: str) -> str:
+    bin_folder = Path(sys.executable).parent
+    words = command.replace("make ", f"make BIN={bin_folder} READY= ", 1)
+    if command.startswith(("make", "WANDB")) and extra:
+        given = re.search(r'ARGS="([^"]*)"', words)
+        words = words.replace(given[0], "") if given else words
+        words += f" ARGS={shlex.quote(' '.join(filter(None, [given and given[1], extra])))}"
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        words, shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout + result.stderr
+
+
+def test_the_commands_work_in_the_order_given(place):
+    for command in shell_commands():
+        if COMMANDS[command] is not None and command != "make demo":
+            run(place, command, COMMANDS[command])
+    assert (place / "outputs/vae/001/pretrained/model.safetensors").is_file()
+    assert (place / "outputs/ldm/001/pretrained/model.safetensors").is_file()
+    for name in ("samples.h5", "gallery.png", "transition.gif"):
+        assert (place / "outputs/samples/001" / name).is_file()
+        assert (place / "outputs/samples/002" / name).is_file()
+
+
+def test_the_python_example_works(place):
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1].replace("steps=50", "steps=2")
+    subprocess.run([sys.executable, "-c", code], cwd=place, check=True, timeout=120)
+
+
+def test_the_demo_leaves_pictures_and_numbers(place):
+    output = run(place, "make demo", COMMANDS["make demo"])
+    report = json.loads((place / "outputs/reports/demo.json").read_text())
+    for kind in ("expected", "noisy", "reconstructed", "generated"):
+        for name in ("row_sum_cv", "centre_residual", "hl_residual"):
+            assert 0 <= report[kind][name] < 10
+            assert report["expected"][name] <= report["noisy"][name]
+    assert report["seconds"] > 0
+    assert 0 < report["noisy"]["relative_l2"] < report["reconstructed"]["relative_l2"]  # after two steps
+    for name in ("gallery.png", "transition.gif"):
+        assert (place / "outputs/demo" / name).is_file()
+        assert name in output
