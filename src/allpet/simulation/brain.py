@@ -143,7 +143,7 @@ def _draw_arms(draw: Draw, limit_mm: float) -> tuple[Solid, ...]:
     """Draw arms raised beside the head: fat, muscle and bone of each."""
     arms: list[Solid] = []
     for side in (-1, 1):
-        radius = draw.uniform(28.0, 39.0)
+        radius = draw.uniform(26.0, 35.0)
         # At the edge of the field of view, but clear of the head.
         reach = min(limit_mm - 1.25 * radius - 6.0, draw.uniform(145.0, 175.0))
         bearing = draw.uniform(-0.45, 0.25)

@@ -18,7 +18,7 @@ Z_RANGES_MM = {"chest": (70.0, 215.0), "abdomen": (-95.0, 60.0), "pelvis": (-290
 # Half-width and half-depth of the trunk inside the fat, and of the cavity inside muscles and bones; (z, mm).
 _MUSCLE_Z = (-300, -250, -200, -140, -60, 20, 100, 170, 225)
 _MUSCLE = (
-    list(zip(_MUSCLE_Z, (156, 158, 149, 137, 137, 145, 151, 155, 158), strict=True)),
+    list(zip(_MUSCLE_Z, (150, 152, 146, 136, 136, 144, 151, 155, 158), strict=True)),
     list(zip(_MUSCLE_Z, (92, 96, 95, 91, 94, 103, 106, 100, 88), strict=True)),
 )
 _CAVITY_Z = (-310, -270, -230, -200, -150, -60, 20, 100, 170, 225)
@@ -63,13 +63,13 @@ def draw_trunk(draw: Draw, limit_mm: float, sex: str = "") -> Trunk:
 def draw_build(draw: Draw, limit_mm: float, sex: str = "") -> Build:
     """Draw a patient's size; one too large for a field of view of radius ``limit_mm`` is shrunk to fit."""
     female = draw.chance(0.45) if not sex else sex == "female"
-    size = draw.normal(0.94 if female else 1.02, 0.05)
+    size = draw.normal(0.92 if female else 1.0, 0.045)
     weight = draw.normal()
     build = Build(
         female,
-        width=size * (1 + 0.05 * weight) * draw.normal(1.0, 0.025),
-        depth=size * (1 + 0.08 * weight) * draw.normal(1.0, 0.035),
-        fat_mm=max(5.0, 17.0 + 8.0 * weight + draw.normal(0, 3.0) + (4.0 if female else 0.0)),
+        width=size * (1 + 0.035 * weight) * draw.normal(1.0, 0.025),
+        depth=size * (1 + 0.07 * weight) * draw.normal(1.0, 0.035),
+        fat_mm=max(5.0, 16.0 + 7.0 * weight + draw.normal(0, 3.0) + (4.0 if female else 0.0)),
     )
     shrink = min(1.0, limit_mm / (_WAVINESS * (_WIDEST_MM * build.width + build.fat_mm)))
     return build._replace(width=build.width * shrink, depth=build.depth * shrink, fat_mm=build.fat_mm * shrink)
