@@ -43,7 +43,7 @@ class SimulatedPET(SinogramDataModule):
     own. A patient prompted as trunk shows chest, abdomen or pelvis.
 
     Args:
-        geometry: of the sinograms.
+        geometry: of the sinograms; None for the preset ``laptop``.
         prompts: what is simulated, as tracer:region.
         num_scans: number of training slices; the last patient is cut.
         slices_per_patient: slices of each patient, evenly spread over the region.
@@ -66,7 +66,7 @@ class SimulatedPET(SinogramDataModule):
 
     def __init__(
         self,
-        geometry: ParallelBeam = ParallelBeam.preset("laptop"),  # noqa: B008 (frozen)
+        geometry: ParallelBeam | None = None,
         prompts: Sequence[str] = (*PAPER_PROMPTS, "FDG:pelvis", "PSMA:pelvis"),
         num_scans: int = 500,
         slices_per_patient: int = 5,
@@ -93,7 +93,9 @@ class SimulatedPET(SinogramDataModule):
         self.prompts = Prompt.of(prompts).names()
         if any(OPEN in name.split(":") for name in self.prompts) or not self.prompts:
             raise ValueError(f"prompts are {list(prompts)}, but simulating needs at least one tracer:region, not open.")
-        self.geometry, self.slices_per_patient, self.target = geometry, slices_per_patient, target
+        # Optional as in SinogramFiles: one type in both lets a command line replace one class by the other.
+        self.geometry = geometry if geometry is not None else ParallelBeam.preset("laptop")
+        self.slices_per_patient, self.target = slices_per_patient, target
         self.patients = {
             "train": math.ceil(num_scans / slices_per_patient),
             "val": val_patients,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,23 @@ def test_it_is_configured_like_any_other(patients: Path) -> None:
     data.setup()
     assert data.geometry == GEOMETRY
     assert next(iter(data.train_dataloader())).prompt.names()[0] == "open:chest"
+
+
+@pytest.mark.parametrize("given", [[], ["--data.geometry.n_bins", "90"], ["--data.geometry", "null"]])
+def test_the_command_line_puts_it_in_the_simulators_place(tmp_path: Path, given: list[str]) -> None:
+    config = tmp_path / "simulated.yaml"
+    simulated = {"class_path": "data_modules.SimulatedPET", "init_args": {"geometry": GEOMETRY.to_dict()}}
+    config.write_text(json.dumps({"data": simulated}))
+    parser = ArgumentParser(parser_mode="omegaconf+")
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(SinogramDataModule, "data")
+    swap = ["--data", "data_modules.SinogramFiles", "--data.folder", "somewhere"]
+    data = parser.instantiate(parser.parse_args(["--config", str(config), *swap, *given])).data
+    assert isinstance(data, SinogramFiles)
+    if "null" in given:
+        assert data.asked_geometry is None
+    else:
+        assert data.asked_geometry == replace(GEOMETRY, n_bins=90 if given else 40)
 
 
 @pytest.mark.parametrize(
