@@ -53,7 +53,7 @@ def load(name: str, key: Mapping[str, Any]) -> list[NDArray[Any]] | None:
             if _checksum(arrays) != header["checksum"]:
                 raise ValueError("its checksum does not match")
             return arrays
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever a damaged file makes the readers raise, its content can be made again
         warnings.warn(f"The cached file {path} cannot be used ({error}) and is made anew.", stacklevel=2)
