@@ -14,10 +14,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 SCALE_FILE := experiments/scale/$(SCALE).yaml
 
-# What the user set, as options of the command line. Sinograms keep their own views and bins; images that are said to be
-# images are projected to the geometry of SCALE.
-DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
-	$(if $(filter image,$(KIND)),,--data.geometry null))
+# What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
+# files after it have said. Sinograms keep their own views and bins; what is said to be images is projected to SCALE's.
+DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND))
+OWN_GEOMETRY = $(if $(DATA),$(if $(filter image,$(KIND)),,--data.geometry null))
+FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) \
+	$(OWN_GEOMETRY) $(ARGS)
 SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
@@ -56,10 +58,10 @@ format: $(READY) ## Format the code and sort its imports
 	$(BIN)/ruff format .
 
 train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the same command resumes
-	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/vae.yaml -c $(SCALE_FILE) $(DATA_ARGS) $(ARGS)
+	$(call FIT,vae)
 
 train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
-	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/ldm.yaml -c $(SCALE_FILE) $(DATA_ARGS) $(ARGS)
+	$(call FIT,ldm)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

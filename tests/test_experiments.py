@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import allpet
+from allpet.cli import main
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
+COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "ldm.yaml") for scale in SCALES]
+COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
+COMMANDS += [("predict", ("sample.yaml",))]
+
+
+def words(files: tuple[str, ...]) -> list[str]:
+    return [word for file in files for word in ("-c", str(EXPERIMENTS / file))]
+
+
+def resolved(capsys, *command: str) -> dict:
+    """Return the configuration that a command would run."""
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 0, printed.err
+    return yaml.safe_load(printed.out)
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["allpet"])
+
+
+@pytest.mark.parametrize(("command", "files"), COMMANDS, ids=lambda value: "+".join(value) if value is not str else "")
+def test_every_experiment_parses(command, files, capsys):
+    config = resolved(capsys, command, *words(files))
+    assert "${" not in yaml.safe_dump(config)
+
+
+def test_every_file_is_in_an_experiment():
+    found = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}
+    assert found == {file for _, files in COMMANDS for file in files}
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_file_opens_with_its_purpose_and_command(path):
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert path.read_text().startswith("# ")
+    assert any("make " in line or "allpet " in line for line in comments)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_networks_fit_one_another_and_the_geometry(scale, capsys):
+    vae = resolved(capsys, "fit", *words(("defaults.yaml", "vae.yaml", scale)))
+    ldm = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", scale)))
+    assert vae["data"]["init_args"]["geometry"] == ldm["data"]["init_args"]["geometry"]
+    geometry = allpet.ParallelBeam(**vae["data"]["init_args"]["geometry"])
+    assert geometry == allpet.ParallelBeam.preset(Path(scale).stem)
+    with torch.device("meta"):
+        denoiser = allpet.Denoiser(**ldm["model"]["init_args"]["denoiser"]["init_args"])
+    autoencoder = allpet.Autoencoder(**vae["model"]["init_args"]["autoencoder"]["init_args"])
+    assert autoencoder.latent_channels == denoiser.latent_channels
+    _, rows, columns = autoencoder.latent_shape(*geometry.sinogram_shape)
+    assert rows % denoiser.multiple == 0  # nothing is padded, so no view is made up
+    assert columns % denoiser.multiple == 0
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_data_of_ones_own_take_the_place_of_the_simulator(stage, scale, capsys):
+    """As make has it: whatever the files say about batches and augmentation stays."""
+    command = ["make", "-n", f"train-{stage}", "DATA=mine", f"SCALE={Path(scale).stem}", "ARGS=--data.num_scans 7"]
+    shown = subprocess.run(command, cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=True).stdout
+    made = shlex.split(shown.replace("\\\n", " ").split("/allpet ")[1].replace(" experiments/", f" {EXPERIMENTS}/"))
+    own = resolved(capsys, *made)["data"]
+    simulated = resolved(capsys, "fit", *words(("defaults.yaml", f"{stage}.yaml", scale)))["data"]
+    assert own["class_path"] == "data_modules.SinogramFiles"
+    assert own["init_args"]["num_scans"] == 7
+    assert own["init_args"]["geometry"] is None
+    for name in ("batch_size", "augmentation", "symmetry"):
+        assert own["init_args"][name] == simulated["init_args"][name]
+
+
+@pytest.mark.parametrize("stage", ["vae.yaml", "ldm.yaml"])
+def test_averaging_comes_before_what_shows_and_exports_it(stage, capsys):
+    callbacks = resolved(capsys, "fit", *words(("defaults.yaml", stage, SCALES[0])))["trainer"]["callbacks"]
+    names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+    order = [name for name in names if name in ("EMAWeightAveraging", "Panels", "LatentStatistics", "ExportPretrained")]
+    assert order[0] == "EMAWeightAveraging"
+    assert order[-1] == "ExportPretrained"
