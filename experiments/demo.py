@@ -1,12 +1,12 @@
 """From nothing to generated sinograms: train both stages on simulated slices and look at what comes out.
 
-    python experiments/demo.py [--seed 0]          (make demo)
+    python experiments/demo.py [--seed 0 1 2]      (make demo)
 
-Leaves, in ``outputs/demo/``, both runs, ``gallery.png`` (generated sinograms and their FBP images beside held-out ones)
-and ``transition.gif`` (how they emerge from noise), and the numbers in ``outputs/reports/demo.json`` and ``demo.md``:
-consistency of expected, noisy, reconstructed and generated sinograms, error of the reconstruction, distance of
-generated sinograms to the nearest training slice and their diversity. What is measured is the raw output of the
-decoder. Given again, the command continues where it was stopped.
+Leaves, in ``outputs/demo/seed0/``, both runs, ``gallery.png`` (generated sinograms and their FBP images beside
+held-out ones) and ``transition.gif`` (how they emerge from noise), and the numbers in ``outputs/reports/demo.json`` and
+``demo.md``: consistency of expected, noisy, reconstructed and generated sinograms, error of the reconstruction,
+distance of generated sinograms to the nearest training slice and their diversity. What is measured is the raw output of
+the decoder. Given again, the command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
-from tqdm import tqdm
 
 from allpet import AutoencoderSystem, LatentDiffusion, ParallelBeam, Prompt, Radon, SinogramBatch, fbp
 from allpet.cli import main as allpet
@@ -132,71 +131,68 @@ def animate(folder: Path, model: LatentDiffusion, prompts: list[str], radon: Rad
     return save_animation(pictures, [label for label, _ in frames], folder / "transition.gif")
 
 
+def look(
+    folder: Path, seed: int, vae_folder: Path, ldm_folder: Path, samples: int
+) -> tuple[list[dict[str, Any]], Path]:
+    """Generate, draw and measure with two trained stages; return the rows of the table and the gallery."""
+    model, autoencoder = LatentDiffusion.from_pretrained(ldm_folder), AutoencoderSystem.from_pretrained(vae_folder)
+    data = data_of_run(ldm_folder.parent)
+    radon, prompts = data.radon, list(data.prompts)
+    real = {prompt: held_out(data, prompt) for prompt in prompts}
+    generated = {
+        prompt: model.sample(Prompt.of([prompt] * samples), range(seed * 1000, seed * 1000 + samples), progress=True)
+        for prompt in prompts
+    }
+    rows = []
+    for prompt in prompts:
+        train_rows = [row for row, name in enumerate(data.train_set.prompt.names()) if name == prompt]
+        kinds = {
+            "expected": real[prompt].expected,
+            "noisy": real[prompt].sinogram,
+            "reconstructed": autoencoder.reconstruct(real[prompt]),
+            "generated": generated[prompt].sinogram,
+        }
+        trained_on = data.train_set[train_rows].expected
+        for kind in KINDS:
+            row = measure(kind, prompt, kinds[kind], real[prompt], trained_on, data.geometry)
+            rows.append({"seed": seed, **row})
+    std = torch.cat([model.encode(real[prompt]) for prompt in prompts]).std(dim=(0, 2, 3))
+    print(f"Std of held-out latents per channel: {', '.join(f'{value:.2f}' for value in std.tolist())}.")
+    gallery = draw(folder, prompts, real, {prompt: generated[prompt].sinogram for prompt in prompts}, radon)
+    animate(folder, model, prompts, radon, seed * 1000)
+    return rows, gallery
+
+
 def main() -> None:
     """Train, generate, measure, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of weights, masks, noise and samples")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, masks, noise and samples")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of runs and pictures")
     parser.add_argument("--reports", type=Path, default=Path("outputs/reports"), help="folder of the numbers")
     parser.add_argument("--vae-steps", type=int, help="steps of stage 1 (default: experiments/scale/laptop.yaml)")
     parser.add_argument("--ldm-steps", type=int, help="steps of stage 2 (default: the same file)")
     parser.add_argument("--samples", type=int, default=64, help="generated sinograms per prompt")
     arguments, extra = parser.parse_known_args()
-    began = time.perf_counter()
-    folder, seed = arguments.output, arguments.seed
-
-    vae_folder = train("vae", folder, seed, arguments.vae_steps, extra)
-    ldm_folder = train("ldm", folder, seed, arguments.ldm_steps, [f"--model.autoencoder={vae_folder}", *extra])
-
-    model = LatentDiffusion.from_pretrained(ldm_folder)
-    data = data_of_run(ldm_folder.parent)
-    radon, prompts = data.radon, list(data.prompts)
-    autoencoder = AutoencoderSystem.from_pretrained(vae_folder)
-    real = {prompt: held_out(data, prompt) for prompt in prompts}
-    generated = {
-        prompt: model.sample(
-            Prompt.of([prompt] * arguments.samples),
-            range(seed * 1000, seed * 1000 + arguments.samples),
-            progress=True,
-        ).sinogram
-        for prompt in tqdm(prompts, desc="Generating", leave=False)
-    }
-    rows = []
-    for prompt in prompts:
-        train_rows = [row for row, name in enumerate(data.train_set.prompt.names()) if name == prompt]
-        trained_on = data.train_set[train_rows].expected
-        kinds = {
-            "expected": real[prompt].expected,
-            "noisy": real[prompt].sinogram,
-            "reconstructed": autoencoder.reconstruct(real[prompt]),
-            "generated": generated[prompt],
-        }
-        rows += [measure(kind, prompt, kinds[kind], real[prompt], trained_on, data.geometry) for kind in KINDS]
-
-    pictures = [draw(folder, prompts, real, generated, radon), animate(folder, model, prompts, radon, seed * 1000)]
+    began, rows, made = time.perf_counter(), [], []
+    for seed in arguments.seed:
+        folder = arguments.output / f"seed{seed}"
+        vae_folder = train("vae", folder, seed, arguments.vae_steps, extra)
+        ldm_folder = train("ldm", folder, seed, arguments.ldm_steps, [f"--model.autoencoder={vae_folder}", *extra])
+        more, gallery = look(folder, seed, vae_folder, ldm_folder, arguments.samples)
+        rows += more
+        made += [gallery, gallery.with_name("transition.gif")]
     summary = {
         kind: {
-            name: statistics.median(row[name] for row in rows if row["kind"] == kind)
+            name: statistics.median(row[name] for row in rows if row["kind"] == kind and name in row)
             for name in (*NUMBERS, "relative_l2")
-            if name in next(row for row in rows if row["kind"] == kind)
+            if any(row["kind"] == kind and name in row for row in rows)
         }
         for kind in KINDS
     }
-    latents = torch.cat([model.encode(real[prompt]) for prompt in prompts])
     seconds = time.perf_counter() - began
-    report = write_report(
-        "demo",
-        rows,
-        [seed],
-        arguments.reports,
-        seconds=seconds,
-        **summary,
-        latent_std=latents.std(dim=(0, 2, 3)).tolist(),
-    )
+    report = write_report("demo", rows, arguments.seed, arguments.reports, seconds=seconds, **summary)
     print(table(rows))
-    print(f"Latent std per channel: {', '.join(f'{value:.2f}' for value in latents.std(dim=(0, 2, 3)).tolist())}.")
-    print(f"{seconds:.0f} seconds. Runs: {vae_folder.parent}, {ldm_folder.parent}")
-    print(f"Pictures: {', '.join(map(str, pictures))}. Numbers: {report}")
+    print(f"{seconds:.0f} seconds. Pictures: {', '.join(map(str, made))}. Numbers: {report}. Runs: {arguments.output}")
 
 
 if __name__ == "__main__":

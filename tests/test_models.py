@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
 from allpet.models.discriminator import PatchDiscriminator
-from allpet.models.layers import moebius_pad
+from allpet.models.layers import DeviceAttention, moebius_pad
 from allpet.prompts import Prompt
 from allpet.symmetry import extend
 
@@ -99,6 +100,22 @@ def test_a_fresh_denoiser_predicts_zero_and_learns_to_obey():
         torch.testing.assert_close(changed[1], answer[1])
     torch.testing.assert_close(denoiser(latent, time, prompt, label=torch.zeros(2, 3)), answer)
     assert not torch.allclose(denoiser(latent, time, prompt, label=torch.ones(2, 3)), answer)
+
+
+def test_folding_keeps_shape_and_mixes_only_at_coarser_positions():
+    denoiser = Denoiser(channels=(16, 32), layers_per_block=1, patch=2, attention=(True, True), head_channels=8)
+    torch.nn.init.normal_(denoiser.unet.conv_out.weight)
+    latent, time, prompt = torch.randn(1, 4, 9, 10), torch.tensor([5]), Prompt.of(["FDG:brain"])
+    answer = denoiser(latent, time, prompt)
+    assert answer.shape == latent.shape
+    assert not torch.allclose(denoiser(latent + 0.1 * torch.randn_like(latent), time, prompt), answer)
+
+
+def test_attention_is_the_same_function_on_every_device():
+    attention = Attention(16, heads=2, dim_head=8)
+    hidden = torch.randn(2, 12, 16)
+    own = DeviceAttention()
+    torch.testing.assert_close(own(attention, hidden), own.fused(attention, hidden), atol=1e-5, rtol=1e-4)
 
 
 def test_a_condition_left_out_means_zeros():

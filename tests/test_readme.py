@@ -96,7 +96,7 @@ def test_the_commands_work_in_the_order_given(place):
 
 
 def test_the_python_example_works(place):
-    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1].replace("steps=50", "steps=2")
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1].replace("steps=100", "steps=2")
     subprocess.run([sys.executable, "-c", code], cwd=place, check=True, timeout=120)
 
 
@@ -110,5 +110,5 @@ def test_the_demo_leaves_pictures_and_numbers(place):
     assert report["seconds"] > 0
     assert 0 < report["noisy"]["relative_l2"] < report["reconstructed"]["relative_l2"]  # after two steps
     for name in ("gallery.png", "transition.gif"):
-        assert (place / "outputs/demo" / name).is_file()
+        assert (place / "outputs/demo/seed0" / name).is_file()
         assert name in output

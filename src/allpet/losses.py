@@ -20,9 +20,9 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 def weight_by_frequency(sinogram: Tensor, power: float = 0.5) -> Tensor:
     """Weight the radial frequencies of a sinogram by |frequency| ** power.
 
-    With power 1/2 the squared norm of the result is, up to a constant, that of the reconstructed image (projection-slice
-    theorem and Plancherel): errors that are small in a sinogram and large in its image become visible to a loss. Power
-    1 is the ramp filter of filtered backprojection.
+    With power 1/2 the squared norm of the result is, up to a constant, that of the reconstructed image
+    (projection-slice theorem and Plancherel): errors that are small in a sinogram and large in its image become visible
+    to a loss. Power 1 is the ramp filter of filtered backprojection.
 
     Args:
         sinogram: ``(batch, channel, views, bins)``.

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from allpet.models.layers import DeviceAttention
 from allpet.prompts import REGIONS, TRACERS, Prompt
 
 
@@ -23,6 +25,8 @@ class Denoiser(nn.Module):
         condition_channels: channels concatenated to it (a mask, an encoded input sinogram, ...).
         channels: width of each level; each level but the last halves rows and columns.
         layers_per_block: residual blocks per level.
+        patch: latents are folded into ``patch x patch`` blocks before the first level and unfolded after the last: on
+            two CPU cores, two wide levels learn as much per step as three narrow ones, in two thirds of the time.
         attention: for each level, whether it attends over all positions.
         head_channels: channels per attention head.
         dropout: dropout inside residual blocks.
@@ -38,6 +42,7 @@ class Denoiser(nn.Module):
         condition_channels: int = 0,
         channels: tuple[int, ...] = (128, 256, 384),
         layers_per_block: int = 2,
+        patch: int = 1,
         attention: tuple[bool, ...] = (False, True, True),
         head_channels: int = 32,
         dropout: float = 0.0,
@@ -51,17 +56,18 @@ class Denoiser(nn.Module):
             "condition_channels": condition_channels,
             "channels": tuple(channels),
             "layers_per_block": layers_per_block,
+            "patch": patch,
             "attention": tuple(attention),
             "head_channels": head_channels,
             "dropout": dropout,
             "label_size": label_size,
         }
         self.latent_channels, self.condition_channels = latent_channels, condition_channels
-        self.multiple = 2 ** (len(channels) - 1)
+        self.patch, self.multiple = patch, patch * 2 ** (len(channels) - 1)
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if all(width % n == 0 for width in channels))
         self.unet = UNet2DModel(
-            in_channels=latent_channels + condition_channels,
-            out_channels=latent_channels,
+            in_channels=(latent_channels + condition_channels) * patch**2,
+            out_channels=latent_channels * patch**2,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
             block_out_channels=tuple(channels),
@@ -72,6 +78,9 @@ class Denoiser(nn.Module):
             add_attention=attention[-1],
             class_embed_type="identity",
         )
+        for layer in self.unet.modules():
+            if isinstance(layer, Attention):
+                layer.set_processor(DeviceAttention())
         # Start from "predict zero", as the diffusion literature does and diffusers does not.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
@@ -109,4 +118,6 @@ class Denoiser(nn.Module):
         embedding = self.tracer(prompt.tracer) + self.region(prompt.region)
         if self.label is not None and label is not None:
             embedding = embedding + self.label(label.to(embedding.dtype))
-        return self.unet(latent, time, class_labels=embedding).sample[..., :rows, :columns]
+        folded = F.pixel_unshuffle(latent, self.patch)
+        prediction = F.pixel_shuffle(self.unet(folded, time, class_labels=embedding).sample, self.patch)
+        return prediction[..., :rows, :columns]

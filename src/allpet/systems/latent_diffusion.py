@@ -30,7 +30,8 @@ class Sampling:
     """How to sample.
 
     Args:
-        sampler: "ddim" (deterministic given the seed, few steps) or "ddpm" (ancestral).
+        sampler: "ddpm" (ancestral) or "ddim". Fresh noise at every step lets DDPM mend its errors: after short
+            trainings its samples are clearly better than DDIM's. DDIM needs fewer steps.
         steps: denoiser calls per sample, 1..1000.
         guidance: weight of the prompt; 1 is the plain conditional model.
         eta: DDIM's share of fresh noise per step.
@@ -40,8 +41,8 @@ class Sampling:
         batch_size: samples per denoiser call.
     """
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = 50
+    sampler: Literal["ddim", "ddpm"] = "ddpm"
+    steps: int = 100
     guidance: float = 1.0
     eta: float = 0.0
     n_views: int | None = None
