@@ -65,13 +65,13 @@ class SinogramSet(Dataset[SinogramBatch]):
 
     def subset(self, indices: Sequence[int]) -> SinogramSet:
         """Return the chosen slices, in the given order, as a set of their own."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = self[indices]
         return SinogramSet(
-            self.sinogram[rows],
-            None if self.expected is None else self.expected[rows],
-            Prompt(self.prompt.tracer[rows], self.prompt.region[rows]),
-            self.sample_id[rows],
-            self.patient_id[rows],
+            chosen.sinogram.squeeze(1),
+            None if self.expected is None else chosen.expected.squeeze(1),
+            chosen.prompt,
+            chosen.sample_id,
+            chosen.patient_id,
         )
 
 
@@ -327,9 +327,9 @@ def _generalise(prompt: Prompt, chosen: Tensor) -> Prompt:
 
 def _in_words(summary: dict[str, Any]) -> str:
     """Say in one line what is trained on."""
-    parts = [f"{summary[part]['slices']} of {summary[part]['patients']}" for part in ("train", "val", "test")]
+    parts = [
+        f"{summary[part]['slices']} slices of {summary[part]['patients']} patient(s)"
+        for part in ("train", "val", "test")
+    ]
     kinds = ", ".join(f"{count} {name}" for name, count in summary["train"]["prompts"].items())
-    return (
-        f"{parts[0]} patients ({kinds}); validation {parts[1]}, test {parts[2]}; data hash {summary['data_hash']}, "
-        f"slices {summary['train_ids']}"
-    )
+    return f"{parts[0]} ({kinds}); validation {parts[1]}, test {parts[2]}; data hash {summary['data_hash']}"

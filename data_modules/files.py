@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -105,7 +105,7 @@ class SinogramFiles(SinogramDataModule):
         )
         report.raise_errors()
         for row in report.warnings:
-            rank_zero_warn(f"{self.folder}, {row.file}: {row.finding}; {row.remedy}.")
+            _say(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
         patients = identify_patients([f.name for f in files], [len(f.slices) for f in files], self.patient)
         owner = [name for name, found in zip(patients.names, files, strict=True) for _ in found.slices]
         split, how = self._split(owner, patients)
@@ -262,9 +262,9 @@ def project_images(images: Tensor, pixel_mm: float, geometry: ParallelBeam) -> T
         sinograms.append(radon.project(part.unsqueeze(1)).squeeze(1))
     lost = 1 - kept / max(float(images.sum(dtype=torch.float64)) * pixel_mm**2, 1e-30)
     if lost > 1e-3:
-        rank_zero_warn(
-            f"{lost:.1%} of the images' activity lies outside the field of view of {2 * geometry.field_of_view_mm:g} mm"
-            " and is left out; choose a wider geometry, or check pixel_mm."
+        _say(
+            f"WARN  {lost:.1%} of the images' activity lies outside the field of view of "
+            f"{2 * geometry.field_of_view_mm:g} mm and is left out; choose a wider geometry, or check pixel_mm."
         )
     return torch.cat(sinograms)
 

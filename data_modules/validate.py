@@ -11,38 +11,22 @@ exits with 1 if there are errors. Nothing is written.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from allpet.geometry import ParallelBeam
 from allpet.io import DataError
+from data_modules.checks import ALL, Row, by, check_slices, decide_kind, rows_for
 from data_modules.folder import FoundFile, find_files, identify_patients, read_files
 
+if TYPE_CHECKING:  # checking a folder starts in half a second without torch
+    from allpet.geometry import ParallelBeam
+
 Kind = Literal["auto", "sinogram", "image"]
-ALL = "(all)"
-
-
-class Row(NamedTuple):
-    """One finding.
-
-    Attributes:
-        level: ``ERROR``, ``WARN`` or ``INFO``.
-        file: file relative to the folder, or ``(all)``.
-        finding: what was found, half a sentence.
-        remedy: what to do, half a sentence; empty for INFO.
-    """
-
-    level: str
-    file: str
-    finding: str
-    remedy: str = ""
 
 
 @dataclass
@@ -155,33 +139,14 @@ def inspect_folder(
         if full_turn and report.kind == "sinogram":
             files = _fold(files, rows)
         _check_shapes(report, files, geometry)
-        _check_slices(report, files, why)
+        rows.append(Row("INFO", ALL, f"{report.kind}s: {why}"))
+        usual = [found for found in files if found.slices.shape[1:] == report.shape]
+        rows += check_slices(report.kind, usual) if usual else []
         _check_patients(report, files, patient)
     if others:
         rows.append(Row("INFO", ALL, f"{len(others)} other file(s) are not looked at, the first is {others[0]}"))
     rows.sort(key=lambda row: (("ERROR", "WARN", "INFO").index(row.level), row.file))
     return report, files
-
-
-def decide_kind(files: list[FoundFile]) -> tuple[str, str]:
-    """Tell images from sinograms, and say why.
-
-    An image lies in the circle that every view covers; a sinogram does not: its first and last views, at the top and
-    bottom of the array, meet the circle in a single bin.
-    """
-    alike = [_is_disc(image) for found in files for image in found.slices]
-    share = f"{sum(alike)} of {len(alike)} slices are square and zero outside the inscribed circle"
-    return ("image" if 2 * sum(alike) > len(alike) else "sinogram"), share
-
-
-def _is_disc(image: np.ndarray) -> bool:
-    n = len(image)
-    if image.shape != (n, n):
-        return False
-    axis = np.arange(n) - (n - 1) / 2
-    outside = np.hypot(axis, axis[:, None]) > n / 2
-    top = np.abs(image).max()
-    return bool(top > 0 and np.abs(image[outside]).max(initial=0) <= 1e-3 * top)
 
 
 def _fold(files: list[FoundFile], rows: list[Row]) -> list[FoundFile]:
@@ -209,17 +174,14 @@ def _check_shapes(report: Report, files: list[FoundFile], geometry: ParallelBeam
         wanted = geometry.sinogram_shape
         if wanted != report.shape:
             swapped = ", the axes seem to be swapped" if wanted == report.shape[::-1] else ""
-            finding = f"{n_usual} file(s) with {_by(usual)} sinograms where the geometry has {_by(wanted)}{swapped}"
+            finding = f"{n_usual} file(s) with {by(usual)} sinograms where the geometry has {by(wanted)}{swapped}"
             remedy = "leave the geometry out (--data.geometry null) to take the files' own, or give one that fits"
             report.rows.append(Row("ERROR", ALL, finding, remedy))
     for shape in counts:
         odd = [name for name, slices in files if slices.shape[1:] == shape != usual]
-        finding = f"slices of {_by(shape)} where {n_usual} other file(s) have {_by(usual)}"
+        finding = f"slices of {by(shape)} where {n_usual} other file(s) have {by(usual)}"
         remedy = "remove them, or keep each shape in a folder of its own"
-        if len(odd) > 10:
-            report.rows.append(Row("ERROR", f"{odd[0]} and {len(odd) - 1} more", finding, remedy))
-        else:
-            report.rows.extend(Row("ERROR", name, finding, remedy) for name in odd)
+        report.rows += rows_for("ERROR", odd, finding, remedy)
 
 
 def _check_patients(report: Report, files: list[FoundFile], pattern: str | None) -> None:
@@ -236,106 +198,6 @@ def _check_patients(report: Report, files: list[FoundFile], pattern: str | None)
         finding = "nothing in the files' names tells patients apart, so one patient may be in two splits"
         remedy = "use a subfolder per patient, names such as PATIENT_001, or a pattern (patient)"
         report.rows.append(Row("WARN", ALL, finding, remedy))
-
-
-def _check_slices(report: Report, files: list[FoundFile], why: str) -> None:
-    """Look at the slices that have the folder's shape."""
-    files = [found for found in files if found.slices.shape[1:] == report.shape]
-    if not files or report.shape is None:
-        return
-    owner = [found.name for found in files for _ in found.slices]
-    values = np.concatenate([found.slices for found in files])
-    rows, n = report.rows, len(values)
-    flat = values.reshape(n, -1)
-    low, top = flat.min(1), flat.max(1)
-
-    empty = [owner[i] for i in np.flatnonzero(low == top)]
-    if empty:
-        level = "ERROR" if len(empty) > 0.05 * n else "WARN"
-        rows.append(Row(level, ", ".join(sorted(set(empty))[:5]), f"{len(empty)} empty slice(s)", "remove them"))
-    seen: dict[bytes, str] = {}
-    pairs = []
-    for name, row, blank in zip(owner, flat, low == top, strict=True):
-        first = seen.setdefault(hashlib.blake2b(row.tobytes(), digest_size=16).digest(), name)
-        if not blank and first is not name:
-            pairs.append(f"{first} = {name}")
-    if pairs:
-        remedy = "remove copies, or training and validation may share slices"
-        rows.append(Row("WARN", ALL, f"{len(pairs)} slice(s) occur twice ({', '.join(pairs[:3])})", remedy))
-    if n > 1 and top.max() > 0 and np.ptp(top) <= 1e-6 * top.max():
-        finding = f"every slice has the maximum {top[0]:g}: normalised one by one, so counts and SUV are lost"
-        rows.append(Row("WARN", ALL, finding, "scale all slices of a patient alike if their ratios matter"))
-    if report.kind == "sinogram":
-        _check_sinograms(values[low < top], rows)
-    else:
-        finding = "images are projected: their sinograms' noise is not that of a scanner"
-        rows.append(Row("WARN", ALL, finding, "use measured sinograms where there are any"))
-    negative = float((values < 0).mean())
-    rows.append(Row("INFO", ALL, f"{report.kind}s: {why}"))
-    rows.append(Row("INFO", ALL, f"{n} slice(s) of {_by(report.shape)} in {len(files)} file(s)"))
-    rows.append(Row("INFO", ALL, f"values from {low.min():.4g} to {top.max():.4g}, {negative:.1%} negative"))
-
-
-def _check_sinograms(values: np.ndarray, rows: list[Row]) -> None:
-    """Look for what the Radon transform of an image cannot be. Medians, since single slices may be odd.
-
-    Args:
-        values: ``(slices, views, bins)``, none of them empty.
-        rows: is appended to.
-    """
-    if not len(values):
-        return
-    n_views, n_bins = values.shape[1:]
-    sums, across = values.sum(2, dtype=np.float64), values.sum(1, dtype=np.float64)
-    variation, across_variation = (
-        float(np.median(s.std(1) / np.maximum(np.abs(s.mean(1)), 1e-30))) for s in (sums, across)
-    )
-    if across_variation < 0.5 * variation:
-        finding = f"columns sum alike (+-{across_variation:.0%}) and rows do not (+-{variation:.0%}): axes are swapped?"
-        rows.append(Row("WARN", ALL, finding, "store slices as (views, bins)"))
-        return
-    if variation > 0.05:
-        finding = f"views sum to values that vary by {variation:.0%}: not corrected for attenuation, or no sinograms"
-        rows.append(Row("WARN", ALL, finding, "correct them, or say kind=image"))
-    edge = np.abs(values[:, :, [0, -1]]).mean((1, 2)) / np.maximum(values.max((1, 2)), 1e-30)
-    if (edge := float(np.median(edge))) > 0.05:
-        finding = f"the outermost bins hold {edge:.0%} of the maximum: the object is cut off, or noise is not zero-mean"
-        rows.append(Row("WARN", ALL, finding, "store all bins that see activity"))
-    if n_views % 2 == 0 and (misfit := _full_turn_misfit(values)) is not None:
-        finding = f"the second half of the views repeats the first, mirrored (to {misfit:.0%}): 360 degrees?"
-        rows.append(Row("WARN", ALL, finding, "say full_turn=true to fold them to 180"))
-        return
-    # Centre of mass of a centred acquisition: x cos(theta) + y sin(theta), without a constant.
-    angles = np.arange(n_views) * (np.pi / n_views)
-    harmonics = np.stack([np.cos(angles), np.sin(angles), np.ones(n_views)], 1)
-    bins = np.arange(n_bins) - (n_bins - 1) / 2
-    whole = np.abs(sums).min(1) > 0.1 * np.abs(sums).max(1)  # a view that sums to nearly zero has no centre
-    if whole.any():
-        centre = (values[whole] @ bins) / sums[whole]
-        offset = float(np.median(np.linalg.lstsq(harmonics, centre.T, rcond=None)[0][2]))
-        if abs(offset) > 1:
-            finding = f"the axis of rotation lies {offset:+.1f} bins off the middle"
-            rows.append(Row("WARN", ALL, finding, "shift the bins so that it lies in the middle"))
-
-
-def _full_turn_misfit(values: np.ndarray) -> float | None:
-    """Return how well the second half of the views mirrors the first; None if not convincingly.
-
-    An object that is round and centred looks alike in all views; it is not taken for a full turn.
-    """
-    half = values.shape[1] // 2
-    first, second = values[:, :half], values[:, half:]
-
-    def misfit(other: np.ndarray) -> float:
-        norm = np.linalg.norm(first, axis=(1, 2))
-        return float(np.median(np.linalg.norm(first - other, axis=(1, 2)) / np.maximum(norm, 1e-30)))
-
-    mirrored = misfit(second[:, :, ::-1])
-    return mirrored if mirrored < 0.3 and mirrored < 0.5 * misfit(second) else None
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -153,7 +153,10 @@ FAULTS = {
     "off-centre": (np.pad(SINOGRAMS, ((0, 0), (0, 0), (0, 6))), [r"the axis of rotation lies -3\.0 bins off"]),
     "normalised": (SINOGRAMS / SINOGRAMS.max((1, 2), keepdims=True), ["every slice has the maximum 1: normalised"]),
     "twice": (np.concatenate([SINOGRAMS, SINOGRAMS[3:4]]), [r"1 slice\(s\) occur twice \(patient0_012.npy = patient3"]),
-    "empty": (np.concatenate([SINOGRAMS, SINOGRAMS + NOISE, 0 * SINOGRAMS[:1]]), [r"1 empty slice\(s\); remove them"]),
+    "empty": (
+        np.concatenate([SINOGRAMS, SINOGRAMS + NOISE, 0 * SINOGRAMS[:1]]),
+        [r"1 of all 25 slices are empty; remove"],
+    ),
 }
 
 
@@ -171,7 +174,7 @@ def test_many_empty_slices_are_an_error(tmp_path: Path) -> None:
     slices = SINOGRAMS.copy()
     slices[4] = 0
     report = validate_folder(save(tmp_path, slices))
-    assert "patient0_004.npy: 1 empty slice(s); remove them" in findings(report, "ERROR")
+    assert "patient0_004.npy: 1 of all 12 slices are empty; remove them" in findings(report, "ERROR")
 
 
 def test_a_full_turn_folds_to_half_a_turn(tmp_path: Path) -> None:
