@@ -108,7 +108,6 @@ def test_arms_hang_down_only_where_they_fit() -> None:
 
 def test_labels_agree_with_activity_and_attenuation() -> None:
     phantom = patient_slices(2, "abdomen", "FDG", 8, FINE)
-    suv = tracer_table("FDG").draw_suv(torch.Generator().manual_seed(0))
     assert set(phantom.labels.unique().tolist()) <= set(LABELS.values())
     # In the middle of the liver the activity is the liver's up to its texture.
     liver = phantom.labels == LABELS["liver"]
@@ -118,11 +117,7 @@ def test_labels_agree_with_activity_and_attenuation() -> None:
     assert phantom.attenuation[core].mean().item() == pytest.approx(0.00977, rel=0.02)
     air = phantom.labels == LABELS["air"]
     assert phantom.activity[air].mean() < 0.02
-    assert (
-        mean_in(phantom, "kidney")
-        > mean_in(phantom, "muscle")
-        > 0.5 * suv["fat"] / suv["fat"] * mean_in(phantom, "fat")
-    )
+    assert mean_in(phantom, "kidney") > mean_in(phantom, "muscle") > mean_in(phantom, "fat")
 
 
 def test_partial_volume_does_not_depend_on_the_grid() -> None:

@@ -62,7 +62,9 @@ def draw_trunk(draw: Draw, limit_mm: float, sex: str = "") -> Trunk:
 
 def draw_build(draw: Draw, limit_mm: float, sex: str = "") -> Build:
     """Draw a patient's size; one too large for a field of view of radius ``limit_mm`` is shrunk to fit."""
-    female = draw.chance(0.45) if not sex else sex == "female"
+    female = draw.chance(0.45)  # drawn in any case, so that a given sex changes nothing else
+    if sex:
+        female = sex == "female"
     size = draw.normal(0.92 if female else 1.0, 0.045)
     weight = draw.normal()
     build = Build(
