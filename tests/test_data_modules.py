@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -111,6 +112,27 @@ def test_collate_joins_nested_tuples_with_gaps() -> None:
         torch.testing.assert_close(joined, made)
     loaded = next(iter(DataLoader(data.train_set, batch_size=5, collate_fn=collate)))
     assert torch.equal(loaded.sample_id, torch.arange(22)[data.train_set.sample_id[:5]])
+
+
+def test_batches_move_with_their_gaps_and_types() -> None:
+    batch = ready().augment(ready().train_set[[0, 1]])
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert isinstance(moved, SinogramBatch)
+    assert isinstance(moved.prompt, Prompt)
+    assert moved.symmetry is None
+    assert {tensor.device.type for tensor in (moved.sinogram, moved.prompt.tracer, *moved.stack)} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_batch_is_augmented_alike_on_its_gpu() -> None:
+    data = ready(symmetry=SymmetryAugmentation, trunk_probability=0.5)
+    here = data.augment(data.train_set[range(22)], epoch=1)
+    there = data.augment(move_data_to_device(data.train_set[range(22)], torch.device("cuda")), epoch=1)
+    assert {tensor.device.type for tensor in (there.sinogram, there.expected, there.symmetry, *there.stack)} == {"cuda"}
+    assert torch.equal(here.prompt.region, there.prompt.region.cpu())
+    assert torch.equal(here.stack.cells, there.stack.cells.cpu())
+    torch.testing.assert_close(here.stack.stack, there.stack.stack.cpu())
 
 
 # ---- draws -----------------------------------------------------------------------------------------------------------
