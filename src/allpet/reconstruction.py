@@ -29,7 +29,7 @@ def fbp(radon: Radon, sinogram: Tensor, window: str = "hann", cutoff: float = 1.
     circular. The backprojection is the projector's own transpose.
 
     Args:
-        radon: the projector the sinogram belongs to.
+        radon: the projector the sinogram belongs to, or a subset of its views.
         sinogram: attenuation-corrected line integrals, ``(batch, 1, views, bins)``, activity x mm.
         window: "hann" or "ramp" (none).
         cutoff: frequency where the window ends, as a fraction of the Nyquist frequency, in (0, 1].
@@ -47,7 +47,7 @@ def fbp(radon: Radon, sinogram: Tensor, window: str = "hann", cutoff: float = 1.
     spectrum = torch.fft.rfft(sinogram, n=length) * response
     filtered = torch.fft.irfft(spectrum, n=length)[..., : geometry.n_bins]
     # Each bin's weights in one pixel add up to pixel area / bin width; the integral over views has step pi / views.
-    scale = math.pi / geometry.n_views * geometry.bin_mm / geometry.pixel_mm**2
+    scale = math.pi / len(radon.angles) * geometry.bin_mm / geometry.pixel_mm**2
     x, y = geometry.pixel_centers
     covered = x**2 + y**2 <= (geometry.n_bins * geometry.bin_mm / 2) ** 2
     return radon.backproject(filtered) * (scale * covered).to(sinogram)
@@ -156,19 +156,20 @@ def osem(
         blur(operator.backproject(part[1][:1] if shared else part[1]))
         for operator, part in zip(operators, parts, strict=True)
     ]
-    image = counts.new_ones(*counts.shape[:-2], *radon.geometry.image_shape)
+    seen = torch.stack(sensitivities).sum(0) > 0
+    image = seen.to(counts).expand(*counts.shape[:-2], *radon.geometry.image_shape)
     for _ in range(iterations):
         for operator, (y, m_k, b_k), sensitivity in zip(operators, parts, sensitivities, strict=True):
             expected = m_k * operator.project(blur(image)) + b_k
-            update = blur(operator.backproject(_ratio(m_k * y, expected)))
-            image = image * _ratio(update, sensitivity)
+            update = blur(operator.backproject(_ratio(m_k * y, expected, 0.0)))
+            image = image * _ratio(update, sensitivity, 1.0)
     return image
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Divide where the denominator is positive, else 0: what no bin or no pixel can explain is left out."""
+def _ratio(numerator: Tensor, denominator: Tensor, otherwise: float) -> Tensor:
+    """Divide where the denominator is positive: elsewhere no bin, or no pixel, has anything to say."""
     positive = denominator > 0
-    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), otherwise)
 
 
 class _GaussianBlur:
