@@ -135,7 +135,7 @@ class Autoencoder(nn.Module):
         """
         posterior = self.encode(stack)
         raw = posterior.mean if noise is None else posterior.sample(noise)
-        return self._decode_raw(raw, stack.shape[-2:]), posterior
+        return self._decode_raw(raw, (stack.shape[-2], stack.shape[-1])), posterior
 
     def latent_shape(self, views: int, bins: int) -> tuple[int, int, int]:
         """``(channels, rows, columns)`` of the latent of a sinogram of ``(views, bins)``."""

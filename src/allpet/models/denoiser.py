@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from allpet.models.layers import DeviceAttention
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
         )
         for layer in self.unet.modules():
             if isinstance(layer, Attention):
-                layer.set_processor(DeviceAttention())
+                layer.set_processor(DeviceAttention())  # type: ignore[arg-type]
         # Start from "predict zero", as the diffusion literature does and diffusers does not.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
