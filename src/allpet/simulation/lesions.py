@@ -22,7 +22,7 @@ _SITES = {
     "abdomen": {"liver": (4, "visceral"), "fat": (2, "node"), "marrow": (2, "bone"), "kidney": (1, "visceral")},
     "pelvis": {"fat": (3, "node"), "marrow": (3, "bone"), "prostate": (3, "local"), "muscle": (1, "visceral")},
 }
-_LESION_FREE, _MEAN_COUNT, _MOST = 0.25, 2.5, 8  # per region of a patient, some 15 cm long
+_LESION_FREE, _MEAN_COUNT, _MOST = 0.2, 3.0, 8  # per region of a patient, some 15 cm long
 _COLD, _INFLAMED = 0.12, 0.25  # shares of all lesions
 
 

@@ -13,7 +13,7 @@ from allpet.simulation.fields import Array, Curve, Draw
 from allpet.simulation.sculptor import Build, Sculptor, offset, scaled
 from allpet.simulation.solids import Solid
 
-Z_RANGES_MM = {"chest": (70.0, 215.0), "abdomen": (-95.0, 60.0), "pelvis": (-290.0, -150.0)}
+Z_RANGES_MM = {"chest": (70.0, 215.0), "abdomen": (-95.0, 60.0), "pelvis": (-295.0, -165.0)}
 
 # Half-width and half-depth of the trunk inside the fat, and of the cavity inside muscles and bones; (z, mm).
 _MUSCLE_Z = (-300, -250, -200, -140, -60, 20, 100, 170, 225)

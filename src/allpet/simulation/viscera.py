@@ -30,6 +30,7 @@ def add_organs(s: Sculptor) -> None:
     _add_vessels(s)
     _add_digestive_organs(s)
     _add_kidneys(s)
+    _add_ureters(s)
     _add_heart(s)
 
 
@@ -109,8 +110,19 @@ def _add_kidneys(s: Sculptor) -> None:
         s.add("fat", (x, -44), (31, 34), (z, 62), side * 0.45, within="cavity")
         cortex = s.add("kidney", (x, -46), (26, 30), (z, 57), side * 0.45, lobes=0.06, taper=2.5, vary=0.08)
         s.fill(cortex, "fat", 0.36, (-side * 11.0, 7.0), tall=0.55)
-        part, urine = d.uniform(0.16, 0.26), d.lognormal(0.35, 0.25)
+        part, urine = d.uniform(0.2, 0.34), d.lognormal(0.4, 0.3)
         s.fill(cortex, "urine", part, (-side * 12.0, 8.0), scale=urine, tall=0.45)
+
+
+def _add_ureters(s: Sculptor) -> None:
+    """Add the ureters where urine happens to pass: short hot spots on the psoas, down to the bladder."""
+    d = s.draw
+    path = ([(-90, 40), (-160, 36), (-235, 46)], [(-90, -20), (-160, 0), (-235, -8)])
+    for side in (-1, 1):
+        for _ in range(d.integer(0, 3)):
+            x, radius = [(z, side * v) for z, v in path[0]], d.uniform(2.5, 4.0)
+            extent = (d.uniform(-235, -95), d.uniform(10, 30))
+            s.add("urine", (x, path[1]), (radius, radius), extent, scale=d.lognormal(0.4, 0.3), taper=4)
 
 
 def _add_bowel(s: Sculptor) -> None:
