@@ -9,7 +9,6 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from allpet.geometry import ParallelBeam
 from allpet.simulation import LABELS, SlicePhantom, patient_slices, tracer_table
@@ -200,20 +199,12 @@ def test_two_scans_share_one_anatomy() -> None:
     assert 0.01 < (activity[2] - activity[0]).norm() / activity[0].norm() < 0.6
 
 
-def lesion_pixels(region: str, tracer: str, kind: str) -> Tensor:
-    counts = []
-    for seed in range(40):
-        phantom = patient_slices(seed, region, tracer, 8, GEOMETRY)
-        counts.append((phantom.labels == LABELS[kind]).sum())
-    return torch.stack(counts)
-
-
 def test_some_patients_have_lesions_and_they_are_hot() -> None:
-    counts = lesion_pixels("chest", "FDG", "lesion_hot")
-    assert 5 < (counts > 0).sum() < 37
-    seed = int(counts.argmax())
-    phantom = patient_slices(seed, "chest", "FDG", 8, GEOMETRY)
-    assert mean_in(phantom, "lesion_hot") > 1.3 * mean_in(phantom, "mediastinum")
+    phantoms = [patient_slices(seed, "chest", "FDG", 6, GEOMETRY) for seed in range(20)]
+    counts = torch.stack([(phantom.labels == LABELS["lesion_hot"]).sum() for phantom in phantoms])
+    assert 5 < (counts > 0).sum() < 20
+    most = phantoms[int(counts.argmax())]
+    assert mean_in(most, "lesion_hot") > 1.3 * mean_in(most, "mediastinum")
 
 
 def test_impossible_requests_are_refused() -> None:

@@ -25,8 +25,8 @@ def add_lungs(s: Sculptor) -> None:
 
 def add_organs(s: Sculptor) -> None:
     """Add all organs but the lungs."""
-    _add_pelvic_organs(s)
     _add_bowel(s)
+    _add_pelvic_organs(s)
     _add_vessels(s)
     _add_digestive_organs(s)
     _add_kidneys(s)
@@ -35,9 +35,7 @@ def add_organs(s: Sculptor) -> None:
 
 
 def _add_vessels(s: Sculptor) -> None:
-    """Add aorta, inferior vena cava and iliac vessels."""
-    for side in (-1, 1):
-        s.add("blood", (side * 34, [(-150, -8), (-260, 20)]), (7, 7), (-205, 60), taper=8)
+    """Add aorta and inferior vena cava."""
     where = ([(-140, 4), (0, 10), (110, 22), (215, 20)], [(-140, -14), (0, -12), (110, -36), (215, -26)])
     s.add("blood", where, ([(-140, 8.5), (215, 12)], [(-140, 8.5), (215, 12)]), (35, 182), taper=20)
     s.add("blood", ([(-140, -16), (0, -20), (80, -24)], [(-140, -12), (0, -8), (80, 8)]), (12, 9), (-30, 130), taper=20)
@@ -173,8 +171,10 @@ def _add_heart(s: Sculptor) -> None:
 
 
 def _add_pelvic_organs(s: Sculptor) -> None:
-    """Add rectum, uterus or prostate, and bladder."""
+    """Add iliac vessels, rectum, uterus or prostate, and bladder."""
     d = s.draw
+    for side in (-1, 1):
+        s.add("blood", ([(-150, side * 32), (-260, side * 44)], [(-150, -8), (-260, 24)]), (7, 7), (-205, 60), taper=8)
     rectum = s.add("rectum", (0, -40), (18, 15), (-255, 55), taper=5, lobes=0.1)
     s.fill(rectum, "lumen", 0.5)
     if s.build.female:
