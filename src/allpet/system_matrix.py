@@ -31,6 +31,7 @@ from allpet.system_rows import TILE, build, is_symmetric, pixel_table, ray_table
 
 PANEL_COLUMNS = {"cpu": 32, "cuda": 512}
 CPU = torch.device("cpu")
+FEW_COLUMNS = 3
 FORMAT = 1  # of the cached file; count up when its content changes
 
 
@@ -59,8 +60,9 @@ class SystemMatrix:
         """``(batch, rows * columns) -> (batch, views * bins)``."""
         sinogram = image.new_empty(len(image), len(self.rays))
         pixels = self.pixels.flatten()
+        buffer = image.new_empty(0)  # fresh memory for every panel would cost as much as filling it
         for panel in self._panels(image):
-            columns = image[panel].t()[pixels]
+            columns = torch.index_select(image[panel].t().contiguous(), 0, pixels, out=buffer.resize_(0))
             products = _multiply(self.forward, columns.view(len(self.pixels), -1))
             sinogram[panel] = products.view(-1, columns.shape[1]).index_select(0, self.rays).t()
         return sinogram
@@ -68,10 +70,11 @@ class SystemMatrix:
     def backproject(self, sinogram: Tensor) -> Tensor:
         """``(batch, views * bins) -> (batch, rows * columns)``."""
         image = sinogram.new_empty(len(sinogram), len(self.pixels))
+        buffer = sinogram.new_empty(0)
         for panel in self._panels(sinogram):
             bins = F.pad(sinogram[panel].t(), (0, 0, 0, 1))
             columns = bins.index_select(0, self._slots)
-            products = _multiply(self.transpose, columns.view(len(self.forward), -1))
+            products = _multiply(self.transpose, columns.view(len(self.forward), -1), buffer)
             image[panel] = F.embedding_bag(self._places, products.view(-1, bins.shape[1]), mode="sum").t()
         return image
 
@@ -165,8 +168,11 @@ def _csr(matrix: sparse.csr_matrix) -> Tensor:
         )
 
 
-def _multiply(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Multiply by dense columns; one column takes the faster matrix-vector path."""
+def _multiply(matrix: Tensor, columns: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Multiply by dense columns; a few of them one by one, which MKL does faster. The result may lie in the buffer."""
     # Under autocast torch would ask for bfloat16, which CSR does not have.
     with torch.autocast(columns.device.type, enabled=False):
-        return torch.mv(matrix, columns[:, 0])[:, None] if columns.shape[1] == 1 else torch.mm(matrix, columns)
+        if columns.shape[1] <= FEW_COLUMNS:
+            return torch.stack([torch.mv(matrix, column) for column in columns.t().contiguous()], dim=1)
+        out = None if buffer is None else buffer.resize_(len(matrix), columns.shape[1])
+        return torch.mm(matrix, columns, out=out)
