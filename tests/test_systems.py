@@ -232,6 +232,29 @@ def test_counting_noise_has_the_moments_of_counts():
     )
 
 
+def test_counting_noise_keeps_its_total_where_resampling_undershoots():
+    expected = torch.full((200, 1, 8, 8), 10.0)
+    expected[..., 0] = -4.0
+    noisy = add_counting_noise(expected, 1e4, [keyed_generator(k, "counts") for k in range(200)])
+    assert noisy.min() >= 0
+    assert abs(noisy.sum() / expected.clamp(min=0).sum() - 1) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"sampler": "euler"}, "sampler is 'euler', but must be 'ddpm' or 'ddim'"),
+        ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"n_views": 0}, "n_views is 0"),
+        ({"n_bins": -5}, "n_bins is -5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_impossible_sampling_is_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Sampling(**wrong)
+
+
 def test_what_cannot_be_sampled_is_refused():
     system = stage2(stage1().autoencoder)
     with pytest.raises(ValueError, match="There are 1 prompts and 2 seeds"):
@@ -241,6 +264,8 @@ def test_what_cannot_be_sampled_is_refused():
     system.geometry = None
     with pytest.raises(RuntimeError, match="training geometry is unknown"):
         system.sample(Prompt.of(["FDG:brain"]), [1])
+    with pytest.raises(ValueError, match="at most 1/3"):
+        LatentDiffusion(stage1().autoencoder, system.denoiser, prompt_dropout=0.5)
     with pytest.raises(ValueError, match="4 latent channels and the denoiser 8"):
         LatentDiffusion(stage1().autoencoder, Denoiser(latent_channels=8, channels=(16,), attention=(False,)))
 

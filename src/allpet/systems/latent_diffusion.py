@@ -51,6 +51,12 @@ class Sampling:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
+        if self.sampler not in ("ddpm", "ddim"):
+            raise ValueError(f"sampler is {self.sampler!r}, but must be 'ddpm' or 'ddim'.")
+        for name in ("steps", "batch_size", "n_views", "n_bins"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
         if self.counts is not None and not self.counts > 0:
             raise ValueError(f"counts is {self.counts}, but must be positive: leave it out for noise-free sinograms.")
 
@@ -131,6 +137,8 @@ class LatentDiffusion(CosineSystem):
                 f"{denoiser.latent_channels}: give the denoiser the autoencoder's number."
             )
         self._frozen = _Frozen(autoencoder)
+        if not 0 <= prompt_dropout <= 1 / 3:
+            raise ValueError(f"prompt_dropout is {prompt_dropout}, but each of three cases can have at most 1/3.")
         self.denoiser, self.diffusion, self.sampling = denoiser, diffusion, sampling
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
@@ -298,15 +306,15 @@ def add_counting_noise(sinogram: Tensor, counts: float, generators: Sequence[tor
     """Replace expected sinograms by Poisson realisations with a given expected total, kept in their own units.
 
     Args:
-        sinogram: non-negative, ``(batch, 1, views, bins)``.
+        sinogram: ``(batch, 1, views, bins)``; negative values, which resampling leaves at sharp edges, count as zero.
         counts: expected total counts of each sinogram.
         generators: one CPU generator per sinogram.
 
     Returns:
-        the same shape; its expectation is the input.
+        the same shape; its expectation is the non-negative part of the input.
     """
     noisy = []
-    for expected, generator in zip(sinogram.cpu(), generators, strict=True):
+    for expected, generator in zip(sinogram.clamp(min=0).cpu(), generators, strict=True):
         per_count = expected.sum().clamp(min=1e-12) / counts
-        noisy.append(torch.poisson(expected.clamp(min=0) / per_count, generator=generator) * per_count)
+        noisy.append(torch.poisson(expected / per_count, generator=generator) * per_count)
     return torch.stack(noisy).to(sinogram)
