@@ -107,7 +107,7 @@ def draw(
             rows += [[Tile(s[0], (0, top(s))) for s in chosen], [Tile(i[0], (0, top(i))) for i in images]]
             labels += [f"{prompt}\n{name}\nsinogram", f"{prompt}\n{name}\nFBP image"]
     return save_figure(
-        draw_grid(rows, labels, "FDG, simulated patients and generated ones; each tile in its own range"),
+        draw_grid(rows, labels, "Held-out simulated slices and generated ones, each tile in its own range"),
         folder / "gallery.png",
     )
 
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="generated sinograms per prompt")
     arguments, extra = parser.parse_known_args()
     began, rows, made = time.perf_counter(), [], []
+    continued = any((arguments.output / f"seed{seed}").exists() for seed in arguments.seed)
     for seed in arguments.seed:
         folder = arguments.output / f"seed{seed}"
         vae_folder = train("vae", folder, seed, arguments.vae_steps, extra)
@@ -190,7 +191,8 @@ def main() -> None:
         for kind in KINDS
     }
     seconds = time.perf_counter() - began
-    report = write_report("demo", rows, arguments.seed, arguments.reports, seconds=seconds, **summary)
+    more_keys = {"seconds": seconds, "continued": continued, **summary}
+    report = write_report("demo", rows, arguments.seed, arguments.reports, **more_keys)
     print(table(rows))
     print(f"{seconds:.0f} seconds. Pictures: {', '.join(map(str, made))}. Numbers: {report}. Runs: {arguments.output}")
 

@@ -157,10 +157,6 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.encoder(stack).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
-    def to_latent_grid(self, sinogram: Tensor) -> Tensor:
-        """Average ``(batch, channel, views, bins)`` over the bins that belong to each latent position."""
-        return F.avg_pool2d(self._fill(sinogram), self.factor)
-
     def encode_mean(self, stack: Tensor) -> Tensor:
         """Latents (standardised) of a stack's posterior mean, ``(batch, latent_channels, rows, columns)``."""
         return (self.encode(stack).mean - self._per_channel(self.latent_mean)) / self._per_channel(self.latent_std)
