@@ -32,6 +32,15 @@ def test_fidelity_of_known_errors() -> None:
     assert twice.tolist() == pytest.approx([1, 1])
 
 
+def test_relative_error_of_an_empty_reference() -> None:
+    reference = torch.zeros(3, 1, 4, 4)
+    reference[2] = 1.0
+    prediction = reference.clone()
+    prediction[1, 0, 0, 0] = 1e-3
+    assert metrics.relative_l2(prediction, reference).tolist() == [0, math.inf, 0]
+    assert metrics.relative_l2(torch.full_like(reference, math.nan), reference).isnan().all()
+
+
 def test_units_cancel_but_scales_count() -> None:
     reference, prediction = random(2, 1, 32, 32), random(2, 1, 32, 32, seed=1)
     for metric in (metrics.relative_l2, metrics.rmse_over_range, metrics.psnr, metrics.ssim):

@@ -14,9 +14,13 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def relative_l2(prediction: Tensor, reference: Tensor) -> Tensor:
-    """Return |prediction - reference| / |reference|, ``(batch,)``."""
+    """Return |prediction - reference| / |reference|, ``(batch,)``.
+
+    Of a reference that is zero everywhere it is 0 where the prediction is zero, too, and infinite otherwise.
+    """
     _check(prediction, reference)
-    return (prediction - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    error = (prediction - reference).flatten(1).norm(dim=1)
+    return torch.where(error == 0, 0.0, error / reference.flatten(1).norm(dim=1))
 
 
 def rmse_over_range(prediction: Tensor, reference: Tensor) -> Tensor:
