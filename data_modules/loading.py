@@ -20,13 +20,14 @@ class KeyedBatches(DistributedSampler):
 
     The slices of an epoch are spread evenly over its batches and devices: nothing is dropped or repeated, every device
     has the same number of batches, and batches differ by at most one slice (33 slices in batches of 32 are 17 + 16).
+    No batch is empty: in batches of one, where devices do not divide the number of slices, a few hold two.
 
     A ``DistributedSampler`` by type, so that Lightning calls ``set_epoch`` and does not put its own, which repeats
     slices, in its place.
 
     Args:
         n_slices: number of slices in the set.
-        batch_size: most slices per batch and device.
+        batch_size: most slices per batch and device; 1 may become 2 on several devices.
         seed: keys the order; None for the order of the set (evaluation).
         rank: which device this is.
         world_size: number of devices.
@@ -40,7 +41,7 @@ class KeyedBatches(DistributedSampler):
         if n_slices < world_size:
             raise ValueError(f"{n_slices} slice(s) cannot be shared by {world_size} devices; use fewer devices.")
         self.n_slices, self.key = n_slices, seed
-        self.n_batches = math.ceil(n_slices / (batch_size * world_size))
+        self.n_batches = min(math.ceil(n_slices / (batch_size * world_size)), n_slices // world_size)
         self.start = 0
 
     def __len__(self) -> int:

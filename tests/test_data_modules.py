@@ -82,6 +82,18 @@ def test_every_slice_is_given_once_and_evenly(n_slices: int, world_size: int, se
         assert [i for batch in batches[0] for i in batch] == list(range(n_slices))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_no_batch_is_empty(batch_size: int, world_size: int) -> None:
+    for n_slices in range(world_size, 40):
+        batches = [list(KeyedBatches(n_slices, batch_size, 0, rank, world_size)) for rank in range(world_size)]
+        sizes = [len(batch) for given in batches for batch in given]
+        assert min(sizes) >= 1
+        assert len({len(given) for given in batches}) == 1
+        assert sum(sizes) == n_slices
+        assert max(sizes) <= (2 if batch_size == 1 and n_slices % world_size else batch_size)
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         sampler = KeyedBatches(40, 8, seed)
