@@ -85,9 +85,10 @@ class SimulatedPET(SinogramDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability)
         self.save_hyperparameters(logger=False, ignore=["geometry", "augmentation", "symmetry"])
-        for name in ("num_scans", "slices_per_patient", "val_patients"):
-            if locals()[name] < 1:
-                raise ValueError(f"{name} is {locals()[name]}, but must be at least 1.")
+        counts = {"num_scans": num_scans, "slices_per_patient": slices_per_patient, "val_patients": val_patients}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}, but must be at least 1.")
         if target not in ("noisy", "expected"):
             raise ValueError(f"target is {target!r}, but must be 'noisy' or 'expected'.")
         self.prompts = Prompt.of(prompts).names()

@@ -131,6 +131,8 @@ def test_trunk_patients_show_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompts": []}, "needs at least one tracer:region"),
         ({"prompts": ["FDG:knee"]}, "Unknown region 'knee'"),
         ({"num_scans": 0}, "num_scans is 0, but must be at least 1"),
+        ({"slices_per_patient": -1}, "slices_per_patient is -1, but must be at least 1"),
+        ({"val_patients": 0}, "val_patients is 0, but must be at least 1"),
         ({"target": "clean"}, "target is 'clean', but must be"),
     ],
 )
