@@ -92,9 +92,9 @@ class Panels(Callback):
             n = len(batch.sinogram)
             seeds = list(range(n * self.n_generated))
             prompt = Prompt(*(index.repeat_interleave(self.n_generated) for index in batch.prompt))
-            generated = system.sample(
-                prompt, seeds, replace(system.sampling, steps=self.steps, n_views=None, n_bins=None)
-            )
+            # as the network makes them: on the training grid, without the noise that sampling may add
+            sampling = replace(system.sampling, steps=self.steps, n_views=None, n_bins=None, counts=None)
+            generated = system.sample(prompt, seeds, sampling)
             return generation_figure(batch, generated.sinogram.unflatten(0, (n, self.n_generated)), radon, title)
         raise TypeError(f"Panels are drawn of stage 1 or 2, not of {type(system).__name__}: remove callbacks.Panels.")
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_pet import GEOMETRY, TinyPET
 
 import callbacks
-from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, Prompt, Radon, fbp
+from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, Prompt, Radon, Sampling, fbp
 from callbacks.figures import Tile, draw_grid, pixels, save_animation, save_figure
 from callbacks.memory import peak_process_bytes
 from callbacks.panels import generation_figure, reconstruction_figure, spread
@@ -135,6 +135,18 @@ def test_generated_slices_stand_beside_the_real_one_of_their_prompt():
     images = fbp(data.radon, batch.sinogram)
     torch.testing.assert_close(torch.tensor(shown[9].data), images[1, 0])
     assert [axis.get_ylabel() for axis in figure.axes[::6]] == batch.prompt.names()
+
+
+def test_panels_show_what_the_network_makes_whatever_sampling_adds():
+    data = TinyPET()
+    data.setup()
+    plain, noisy = stage_2(), stage_2()
+    plain.geometry = noisy.geometry = GEOMETRY
+    noisy.sampling = Sampling(counts=100.0, n_views=8, n_bins=8)
+    panels = callbacks.Panels(n_generated=1, steps=2)
+    figures = [panels.figure(system.eval(), data.val_set[[0]], data.radon, "") for system in (plain, noisy)]
+    for left, right in zip(*(figure.axes for figure in figures), strict=True):
+        assert (left.images[0].get_array() == right.images[0].get_array()).all()
 
 
 # --------------------------------------------------------------------------------------------------- figures
