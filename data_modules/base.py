@@ -54,10 +54,9 @@ class SinogramSet(Dataset[SinogramBatch]):
 
     def __getitem__(self, index: int | Sequence[int]) -> SinogramBatch:
         rows = torch.as_tensor([index] if isinstance(index, int) else index, dtype=torch.int64)
-        sinogram = self.sinogram[rows].unsqueeze(1)
         return SinogramBatch(
-            sinogram=sinogram,
-            expected=sinogram if self.expected is None else self.expected[rows].unsqueeze(1),
+            sinogram=self.sinogram[rows].unsqueeze(1),
+            noise_free=None if self.expected is None else self.expected[rows].unsqueeze(1),
             prompt=Prompt(self.prompt.tracer[rows], self.prompt.region[rows]),
             sample_id=self.sample_id[rows],
             patient_id=self.patient_id[rows],
@@ -68,7 +67,7 @@ class SinogramSet(Dataset[SinogramBatch]):
         chosen = self[indices]
         return SinogramSet(
             chosen.sinogram.squeeze(1),
-            None if self.expected is None else chosen.expected.squeeze(1),
+            None if chosen.noise_free is None else chosen.noise_free.squeeze(1),
             chosen.prompt,
             chosen.sample_id,
             chosen.patient_id,
@@ -259,10 +258,12 @@ class SinogramDataModule(LightningDataModule, ABC):
             batch = batch._replace(prompt=_generalise(batch.prompt, chance < self.trunk_probability))
         if epoch is not None and self.symmetry is not None:
             drawn = collate([self.symmetry.draw(1, generator) for generator in generators("symmetry")])
-            sinogram = self.symmetry.apply(batch.sinogram, drawn)
-            same = batch.expected is batch.sinogram
-            expected = sinogram if same else self.symmetry.apply(batch.expected, drawn)
-            batch = batch._replace(sinogram=sinogram, expected=expected, symmetry=drawn.label().to(device))
+            noise_free = None if batch.noise_free is None else self.symmetry.apply(batch.noise_free, drawn)
+            batch = batch._replace(
+                sinogram=self.symmetry.apply(batch.sinogram, drawn),
+                noise_free=noise_free,
+                symmetry=drawn.label().to(device),
+            )
         if self.augmentation is not None:
             cells = torch.cat([self.augmentation.draw(1, generator) for generator in generators("mask")])
             batch = batch._replace(stack=self.augmentation.apply(batch.sinogram, cells))

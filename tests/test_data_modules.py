@@ -133,6 +133,19 @@ def test_batches_move_with_their_gaps_and_types() -> None:
     assert isinstance(moved.prompt, Prompt)
     assert moved.symmetry is None
     assert {tensor.device.type for tensor in (moved.sinogram, moved.prompt.tracer, *moved.stack)} == {"meta"}
+    assert moved.expected is not moved.sinogram
+
+
+def test_real_data_are_moved_and_transformed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ready(symmetry=SymmetryAugmentation, known=False)
+    applied = []
+    apply = data.symmetry.apply
+    monkeypatch.setattr(data.symmetry, "apply", lambda *given: applied.append(given) or apply(*given))
+    batch = move_data_to_device(data.train_set[[0, 1]], torch.device("meta"))
+    assert batch.expected is batch.sinogram
+    joined = data.augment(collate([data.train_set[0], data.train_set[1]]), epoch=0)
+    assert joined.expected is joined.sinogram
+    assert len(applied) == 1
 
 
 @pytest.mark.gpu

@@ -17,8 +17,8 @@ class SinogramBatch(NamedTuple):
     Attributes:
         sinogram: what is trained on, ``(batch, 1, views, bins)``, float32, in the data set's own units (the simulator:
             SUV x mm). By default it carries realistic noise, as a user's data do.
-        expected: the noise-free, attenuation-corrected sinogram in the same units and shape; where it is not known
-            (real data) it is the same tensor as ``sinogram``.
+        noise_free: the attenuation-corrected sinogram without noise, in the same units and shape; None where it is not
+            known (real data). Read ``expected``.
         prompt: tracer and region of each slice.
         sample_id: identity of each slice in its data set, ``(batch,)``, int64; keys random draws.
         patient_id: index of each slice's patient, ``(batch,)``, int64.
@@ -28,12 +28,17 @@ class SinogramBatch(NamedTuple):
     """
 
     sinogram: Tensor
-    expected: Tensor
+    noise_free: Tensor | None
     prompt: Prompt
     sample_id: Tensor
     patient_id: Tensor
     stack: MaskedStack | None = None
     symmetry: Tensor | None = None
+
+    @property
+    def expected(self) -> Tensor:
+        """What a result is compared with: the noise-free sinogram; where it is not known, ``sinogram`` itself."""
+        return self.sinogram if self.noise_free is None else self.noise_free
 
     def as_stack(self) -> Tensor:
         """[positive, full, negative], ``(batch, 3, views, bins)``; without masks everything is positive."""
