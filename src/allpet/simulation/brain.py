@@ -21,7 +21,7 @@ from allpet.simulation.fields import Array, Curve, Draw, Field
 from allpet.simulation.lesions import HeadLesion
 from allpet.simulation.solids import Solid
 
-Z_RANGE_MM = (-42.0, 66.0)
+Z_RANGE_MM = (-34.0, 66.0)
 Position = tuple[Array, Array, Array]
 """x, y and z of samples in the average brain, mm."""
 

@@ -20,10 +20,10 @@ from allpet.simulation.trunk import Trunk, tissue_at
 _SITES = {
     "chest": {"lung": (4, "visceral"), "mediastinum": (3, "node"), "marrow": (2, "bone"), "rib": (1, "bone")},
     "abdomen": {"liver": (4, "visceral"), "fat": (2, "node"), "marrow": (2, "bone"), "kidney": (1, "visceral")},
-    "pelvis": {"fat": (3, "node"), "marrow": (3, "bone"), "prostate": (3, "local"), "muscle": (1, "visceral")},
+    "pelvis": {"fat": (3, "node"), "marrow": (3, "bone"), "prostate": (3, "local")},
 }
-_LESION_FREE, _MEAN_COUNT, _MOST = 0.2, 3.0, 8  # per region of a patient, some 15 cm long
-_COLD, _INFLAMED = 0.12, 0.25  # shares of all lesions
+_LESION_FREE, _MEAN_COUNT, _MOST = 0.2, 3.5, 8  # per region of a patient, some 15 cm long
+_COLD, _INFLAMED = 0.35, 0.25  # shares of the lesions in liver and kidney, and of all others
 
 
 class Lesion(NamedTuple):
@@ -87,16 +87,15 @@ def _draw_lesion(draw: Draw, trunk: Trunk, region: str, z_range_mm: tuple[float,
         pick -= weight
         if pick < 0:
             break
-    place = _find_place(draw, trunk, host, z_range_mm)
+    if (place := _find_place(draw, trunk, host, z_range_mm)) is None:
+        return None
     diameter = min(60.0, max(6.0, 16.0 * math.exp(draw.normal(0, 0.45))))
-    cold = host in ("liver", "kidney") and draw.chance(3 * _COLD)
+    cold = host in ("liver", "kidney") and draw.chance(_COLD)
     core = draw.uniform(0.2, 0.5) if diameter > 25 and draw.chance(0.15) else 1.0
     kinds = ("cyst",) if cold else ("inflammatory",) if draw.chance(_INFLAMED) else (site, "malignant")
     axes = [diameter / 2 * draw.uniform(0.8, 1.2) for _ in range(3)]
     lobes = tuple((0.12 / k * draw.uniform(0.3, 1.0), draw.uniform(0, 2 * math.pi)) for k in (2, 3, 4))
     angle, deviation = draw.uniform(0, math.pi), (draw.normal(), draw.normal())
-    if place is None:
-        return None
     x, y, z = place
     a, b, x_curve, y_curve, turn = (Curve((0.0,), (value,)) for value in (axes[0], axes[1], x, y, angle))
     tissue = "lesion_cold" if cold else "lesion_hot"
@@ -107,21 +106,18 @@ def _draw_lesion(draw: Draw, trunk: Trunk, region: str, z_range_mm: tuple[float,
 def _find_place(
     draw: Draw, trunk: Trunk, host: str, z_range_mm: tuple[float, float]
 ) -> tuple[float, float, float] | None:
-    """Find a point in a tissue by trial; fat and muscle count only inside the cavity, where nodes lie."""
+    """Find a point in a tissue by trial; fat counts only inside the cavity, where nodes lie."""
     solids = [solid for solid in trunk.solids if solid.tissue == host]
+    if not solids:
+        return None
     for _ in range(12):
-        solid = solids[draw.integer(0, len(solids) - 1)] if solids else None
-        z = draw.uniform(*z_range_mm)
+        solid, z = solids[draw.integer(0, len(solids) - 1)], draw.uniform(*z_range_mm)
         radius, bearing = 0.85 * math.sqrt(draw.uniform()), draw.uniform(0, 2 * math.pi)
-        if solid is None:
-            continue
         cx, cy, a, b, angle, _ = solid.sections(np.array([z]))[:, 0]
-        if min(a, b) < 2:
-            continue
         u, v = a * radius * math.cos(bearing), b * radius * math.sin(bearing)
         x, y = cx + math.cos(angle) * u - math.sin(angle) * v, cy + math.sin(angle) * u + math.cos(angle) * v
-        inside = host not in ("fat", "muscle") or trunk.stencils["cavity"].contains(x, y, z)
-        if inside and tissue_at(trunk, x, y, z) == host:
+        inside = host != "fat" or trunk.stencils["cavity"].contains(x, y, z)
+        if min(a, b) > 2 and inside and tissue_at(trunk, x, y, z) == host:
             return float(x), float(y), z
     return None
 
