@@ -16,6 +16,11 @@ _STAGES = {
     "AutoencoderSystem": "Stage 1 of ALL-PET: a KL autoencoder of PET sinograms.",
     "LatentDiffusion": "Stage 2 of ALL-PET: latent diffusion of PET sinograms, steered by tracer and region.",
 }
+# What a card tells of the data. It is shared: whatever else a data module has to say of a user's data stays out.
+_TOLD = (
+    *("data", "data_hash", "geometry", "scale", "reprojected", "num_scans", "train", "val", "test"),
+    *("split", "target", "dose"),
+)
 
 
 class ExportPretrained(Callback):
@@ -51,7 +56,7 @@ def card(trainer: Trainer, system: LightningModule) -> str:
     """Write the model card: what the weights are, what they were trained on, what they are good for."""
     kind = type(system).__name__
     data = trainer.datamodule  # type: ignore[attr-defined]
-    summary = {name: value for name, value in data.summary().items() if name != "train_ids"}
+    summary = {name: value for name, value in data.summary().items() if name in _TOLD}
     weights = sum(value.numel() for value in system.parameters())
     geometry = getattr(system, "geometry", None)
     metrics = {

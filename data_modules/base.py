@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -85,7 +86,8 @@ class LoadedData:
         test: slices to test on.
         data_hash: identity of the data; equal on every machine.
         reprojected: whether the sinograms are projections of reconstructed images.
-        notes: whatever else is worth recording, JSON-able.
+        notes: whatever else is worth recording, JSON-able. It may be sent away: no paths, no names of patients.
+        local: what must stay on this machine, such as paths and names of patients, JSON-able.
     """
 
     geometry: ParallelBeam
@@ -95,6 +97,7 @@ class LoadedData:
     data_hash: str
     reprojected: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
 
 
 class SinogramDataModule(LightningDataModule, ABC):
@@ -166,10 +169,12 @@ class SinogramDataModule(LightningDataModule, ABC):
         if stage == "fit" and self.trainer is not None:
             rank_zero_info("Training on %s", _in_words(self.summary()))
             for logger in self.trainer.loggers:
-                logger.log_hyperparams({"data": self.summary()})
+                # A CSVLogger writes into the run's folder; any other may send away what it is given.
+                local = self._require_setup().local if isinstance(logger, CSVLogger) else {}
+                logger.log_hyperparams({"data": {**self.summary(), **local}})
 
     def summary(self) -> dict[str, Any]:
-        """Return what the data are, as plain numbers, texts, lists and dictionaries.
+        """Return what the data are, as plain numbers, texts, lists and dictionaries: no paths, no names of patients.
 
         ``train_ids`` holds the sample ids of the chosen training slices in their fixed order.
         """

@@ -108,7 +108,7 @@ class SinogramFiles(SinogramDataModule):
             _say(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
         patients = identify_patients([f.name for f in files], [len(f.slices) for f in files], self.patient)
         owner = [name for name, found in zip(patients.names, files, strict=True) for _ in found.slices]
-        split, how = self._split(owner, patients)
+        split, by_patient, how = self._split(owner, patients)
 
         values = torch.from_numpy(np.concatenate([found.slices for found in files]))
         reprojected = report.kind == "image"
@@ -140,20 +140,26 @@ class SinogramFiles(SinogramDataModule):
             whole.subset(split.test),
             self._digest(files, geometry, report.kind, Split(train, split.val, split.test)),
             reprojected,
-            {"folder": str(self.folder), "split": how, "train_patients": list(dict.fromkeys(owner[i] for i in train))},
+            notes={"split": "by patient" if by_patient else "by position, patients unknown or only one"},
+            local={
+                "folder": str(self.folder),
+                "split_rule": how,
+                "train_patients": list(dict.fromkeys(owner[i] for i in train)),
+            },
         )
 
-    def _split(self, owner: list[str], patients: Patients) -> tuple[Split, str]:
-        """Split patient-wise if possible, otherwise into blocks; and say which."""
+    def _split(self, owner: list[str], patients: Patients) -> tuple[Split, bool, str]:
+        """Split patient-wise if possible, otherwise into blocks; and say whether and how."""
         if patients.known and len(set(owner)) > 1:
             split = split_patients(owner, self.val_share, self.test_share)
-            return split, f"{len(set(owner))} patients told apart {patients.how}, none in two splits"
+            return split, True, f"{len(set(owner))} patients told apart {patients.how}, none in two splits"
         split = split_blocks(len(owner), self.val_share, self.test_share)
         who = "one patient" if patients.known else "patients cannot be told apart"
-        return split, (
+        how = (
             f"{who}, so slices {split.train[0] + 1} to {split.train[-1] + 1} are for training, {split.val[0] + 1} to "
             f"{split.val[-1] + 1} for validation, {split.test[0] + 1} to {split.test[-1] + 1} for the test"
         )
+        return split, False, how
 
     def _digest(self, files: list[FoundFile], geometry: ParallelBeam, kind: str, split: Split) -> str:
         """Identify the data by what was read and what became of it; where the folder lies does not matter."""

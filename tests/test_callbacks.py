@@ -228,6 +228,15 @@ def test_what_is_exported_works_as_what_was_trained(make, tmp_path):
     assert "train_ids" not in card
 
 
+def test_a_card_tells_only_what_it_may(tmp_path, monkeypatch):
+    summary = TinyPET.summary
+    monkeypatch.setattr(TinyPET, "summary", lambda self: {**summary(self), "train_patients": ["Doe"], "folder": "here"})
+    fit(tmp_path, stage_1(), callbacks.ExportPretrained(), max_steps=1)
+    card = (tmp_path / "pretrained" / "README.md").read_text()
+    assert "Doe" not in card
+    assert "| folder |" not in card
+
+
 def test_broken_weights_are_not_exported(tmp_path, capsys):
     system = stage_1()
     system.on_train_end = lambda: None

@@ -15,9 +15,13 @@ import pytest
 import scipy.io
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
 
+from allpet import Autoencoder, AutoencoderSystem
 from allpet.geometry import ParallelBeam
 from allpet.reconstruction import fbp
+from callbacks import ExportPretrained
 from data_modules import SinogramFiles
 from data_modules.base import SinogramDataModule
 from data_modules.files import image_geometry, project_images, regrid, sinogram_geometry
@@ -155,7 +159,7 @@ def test_unknown_patients_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFi
         np.save(tmp_path / f"{i:04}.npy", one)
     data = ready(tmp_path)
     assert "so one patient may be in two splits; use a subfolder per patient" in capsys.readouterr().out
-    assert data.summary()["split"].startswith("patients cannot be told apart, so slices 1 to 14")
+    assert data.summary()["split"].startswith("by position")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -216,6 +220,53 @@ def test_activity_outside_the_field_of_view_is_left_out_and_said(capsys: pytest.
     assert re.match(said, capsys.readouterr().out)
     sums = sinogram.sum(1)
     assert sums.std() / sums.mean() < 5e-3  # a full square would vary by its diagonals
+
+
+# ---- what leaves this machine ----------------------------------------------------------------------------------------
+
+
+class Sending(Logger):
+    """Stands for a logger that sends away what it is given."""
+
+    name, version = "sending", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Any] = []
+
+    def log_hyperparams(self, *given: Any, **named: Any) -> None:
+        self.sent += [given, named]
+
+    def log_metrics(self, *given: Any, **named: Any) -> None:
+        self.sent += [given, named]
+
+
+def test_neither_names_nor_paths_leave_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "hospital"
+    for i, slices in enumerate(sinograms(30).reshape(10, 3, 32, 40)):
+        (folder / f"Doe{i}_Jane").mkdir(parents=True)
+        for j, one in enumerate(slices):
+            np.save(folder / f"Doe{i}_Jane" / f"{j}.npy", one)
+    data, sending = SinogramFiles(str(folder), patient="Doe[0-9]"), Sending()
+    here = CSVLogger(tmp_path / "run", name="", version="")
+    run = tmp_path / "run"
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=[sending, here], default_root_dir=run, limit_val_batches=1,
+        callbacks=[ExportPretrained()], **quiet,
+    )  # fmt: skip
+    trainer.fit(AutoencoderSystem(Autoencoder((8, 16))), datamodule=data)
+    shared = {path.name: path.read_bytes() for path in (run / "pretrained").iterdir()}
+    assert f"| data_hash | {data.data_hash} |".encode() in shared["README.md"]
+    assert b"| split | by patient |" in shared["README.md"]
+    assert data.data_hash in repr(sending.sent)
+    shared["sent"] = repr(sending.sent).encode()
+    for name, content in shared.items():
+        for word in ("Doe", "Jane", "hospital", str(tmp_path)):
+            assert word.encode() not in content, (name, word)
+    kept = (run / "hparams.yaml").read_text()
+    assert "Doe" in kept
+    assert str(folder) in kept
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
