@@ -15,11 +15,10 @@ READY := $(VENV)/.installed
 SCALE_FILE := experiments/scale/$(SCALE).yaml
 
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
-# files after it have said. Sinograms keep their own views and bins; what is said to be images is projected to SCALE's.
-DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND))
-OWN_GEOMETRY = $(if $(DATA),$(if $(filter image,$(KIND)),,--data.geometry null))
-FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) \
-	$(OWN_GEOMETRY) $(ARGS)
+# files after it have said. Sinograms keep their own views and bins; images are projected to SCALE's.
+DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
+	--data.geometry null --data.image_geometry '$${scale.geometry}')
+FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) $(ARGS)
 SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
@@ -46,11 +45,12 @@ demo: $(READY) ## From nothing to a gallery of generated sinograms and images, i
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY) ## Lint, types, import contracts, every YAML parsed
+check: $(READY) ## Lint, types, import contracts, every YAML parsed, the page of results up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python experiments/results_table.py --check
 	$(BIN)/python -m pytest tests/test_experiments.py
 
 format: $(READY) ## Format the code and sort its imports

@@ -30,7 +30,7 @@ def page(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         hardware = report["hardware"]
-        where = f"{hardware['gpu'] or hardware['processor']}, {hardware['threads']} threads"
+        where = f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads"
         seeds = ", ".join(map(str, report["seeds"]))
         versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
         parts.append(f"## {report.get('title', path.stem)}\n")
