@@ -5,24 +5,20 @@ of 500, the paper's few-shot size; nothing is kept or written to disk, as in tra
 
     python experiments/benchmarks/rmas_rate.py --stacks 200000 --threads 1
 
-takes about 30 s and writes outputs/reports/rmas_rate.json.
+takes about 30 s and writes outputs/reports/rmas_rate.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import allpet
+from allpet.reports import FOLDER, table, write_report
 
 POOL = 500
 SEED = 0
@@ -79,7 +75,7 @@ def main() -> None:
     parser.add_argument("--geometry", default="desk", choices=allpet.ParallelBeam.presets())
     parser.add_argument("--mask", nargs="+", default=["soft"], choices=["soft", "binary"])
     parser.add_argument("--domain", nargs="+", default=["sinogram"], choices=["sinogram", "image"])
-    parser.add_argument("--output", type=Path, default=Path("outputs/reports/rmas_rate.json"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "rmas_rate.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     geometry = allpet.ParallelBeam.preset(arguments.geometry)
@@ -88,32 +84,9 @@ def main() -> None:
         for mask in arguments.mask
         for domain in arguments.domain
     ]
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "allpet": allpet.__version__},
-        "hardware": {"processor": processor(), "threads": arguments.threads},
-        "seeds": [SEED],
-        "rows": rows,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-    for row in rows:
-        print(
-            f"{row['mask']:>6} {row['domain']:>8} {row['geometry']}: {row['stacks']} stacks in {row['seconds']:.1f} s, "
-            f"{row['rate']:.0f} per second on {row['threads']} thread(s)"
-        )
-    print(f"Written to {arguments.output}.")
-
-
-def processor() -> str:
-    """Return the processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    path = write_report(arguments.output.stem, rows, [SEED], arguments.output.parent)
+    print(table(rows))
+    print(f"Written to {path}.")
 
 
 if __name__ == "__main__":
