@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import allpet
 import callbacks
@@ -14,6 +18,20 @@ import data_modules
 ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+
+
+def _requirements(text: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+INSTALLED = {canonicalize_name(need.name): need for need in _requirements(SETUP["options"]["install_requires"])}
+DECLARED = INSTALLED | {
+    canonicalize_name(need.name): need for need in _requirements(SETUP["options.extras_require"]["dev"])
+}
+PINS = _requirements((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+# Where the name of a module is not that of its package.
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "astra": "astra-toolbox", "skimage": "scikit-image"}
 
 
 def test_packages_are_imported_from_this_checkout():
@@ -54,17 +72,53 @@ def test_every_public_name_imports():
 
 
 def test_what_is_pinned_is_allowed():
-    lower = dict(re.findall(r"^([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)$", SETUP["options"]["install_requires"], re.MULTILINE))
-    pinned = re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert len(pinned) > 10
-    for name, version in pinned:
-        assert _numbers(version) >= _numbers(lower.get(name, "0"))
-    unpinned = set(lower) - {name for name, _ in pinned} - {"tqdm", "filelock", "pillow"}
-    assert not unpinned, "tested versions of these belong into constraints.txt"
+    for pin in PINS:
+        declared = DECLARED.get(canonicalize_name(pin.name))
+        (version,) = (pinned.version for pinned in pin.specifier)
+        assert declared is None or declared.specifier.contains(version), f"{pin} is outside {declared}"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+def test_every_direct_dependency_is_pinned(python):
+    pinned = [
+        canonicalize_name(pin.name)
+        for pin in PINS
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    ]
+    assert len(pinned) == len(set(pinned)), "pinned twice"
+    assert set(DECLARED) <= set(pinned)
+
+
+@pytest.mark.parametrize(
+    ("folder", "declared"),
+    [("src", INSTALLED), ("data_modules", INSTALLED), ("callbacks", INSTALLED), ("experiments", DECLARED)],
+)
+def test_what_is_imported_is_declared(folder, declared):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        beside = {other.stem for other in path.parent.glob("*.py")} if folder == "experiments" else set()
+        for name in _imported(path) - sys.stdlib_module_names - {"allpet", "callbacks", "data_modules"} - beside:
+            package = PACKAGES.get(name, canonicalize_name(name))
+            assert package in declared, f"{path} imports {name}, but setup.cfg does not ask for {package}"
+
+
+def _imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_what_a_page_links_to_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    relative = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+    assert not [target for target in relative if not (ROOT / target).exists()]
 
 
 def test_make_lists_every_target():
