@@ -36,7 +36,9 @@ def _no_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["allpet"])
 
 
-@pytest.mark.parametrize(("command", "files"), COMMANDS, ids=lambda value: "+".join(value) if value is not str else "")
+@pytest.mark.parametrize(
+    ("command", "files"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "+".join(value)
+)
 def test_every_experiment_parses(command, files, capsys):
     config = resolved(capsys, command, *words(files))
     assert "${" not in yaml.safe_dump(config)
