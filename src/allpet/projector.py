@@ -15,7 +15,7 @@ from torch import Tensor
 
 from allpet import astra_cuda
 from allpet.geometry import ParallelBeam
-from allpet.system_matrix import SystemMatrix, system_matrix
+from allpet.system_matrix import SplitMatrix, SystemMatrix, system_matrix
 from allpet.system_rows import KERNELS
 
 BACKENDS = ("auto", "astra", "matrix")
@@ -51,10 +51,7 @@ class Radon:
         self.geometry, self.kernel, self.backend = geometry, kernel, backend
         self._whole: Radon | None = None
         self._every = (0, 1)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._matrices: dict[tuple[torch.device, torch.dtype], SystemMatrix] = {}
+        self._matrices: dict[tuple[torch.device, torch.dtype], SystemMatrix | SplitMatrix] = {}
         self._subsets: dict[tuple[int, int], Radon] = {}
 
     def __repr__(self) -> str:
@@ -170,15 +167,17 @@ class Radon:
         fits = self.backend == "auto" and x.is_cuda and x.dtype == torch.float32 and self.kernel == "linear"
         return fits and astra_cuda.why_unavailable() is None
 
-    def _matrix(self, device: torch.device, dtype: torch.dtype) -> SystemMatrix:
+    def _matrix(self, device: torch.device, dtype: torch.dtype) -> SystemMatrix | SplitMatrix:
         key = (device, dtype)
         if key not in self._matrices:
             if self._whole is None:
                 self._matrices[key] = system_matrix(self.geometry, self.kernel, device, dtype)
             else:
-                whole = self._whole._matrix(torch.device("cpu"), torch.float32)
+                n_views, n_bins = self.geometry.sinogram_shape
                 first, step = self._every
-                rays = torch.arange(len(whole.rays)).view(self.geometry.sinogram_shape)[first::step].flatten()
+                rays = torch.arange(n_views * n_bins).view(n_views, n_bins)[first::step].flatten()
+                whole = self._whole._matrix(torch.device("cpu"), torch.float32)
+                assert isinstance(whole, SystemMatrix)  # a subset has no subsets
                 self._matrices[key] = whole.select(rays).to(device, dtype)
         return self._matrices[key]
 

@@ -131,9 +131,11 @@ def osem(
         Activity, ``(batch, 1, rows, columns)``; 0 in pixels that no bin sees.
 
     Raises:
-        ValueError: if a term is negative or the subsets do not divide the views.
+        ValueError: if a shape does not fit, a term is negative or the subsets do not divide the views.
     """
     n_views = radon.geometry.n_views
+    if counts.dim() != 4 or tuple(counts.shape[-2:]) != radon.sinogram_shape:
+        raise ValueError(f"counts have shape {tuple(counts.shape)}; expected (batch, 1, *{radon.sinogram_shape}).")
     if subsets < 1 or n_views % subsets:
         raise ValueError(
             f"{n_views} views cannot be split into {subsets} equal subsets; choose a divisor of {n_views}."
@@ -144,8 +146,8 @@ def osem(
     for name, term in terms.items():
         if (torch.as_tensor(term) < 0).any():
             raise ValueError(f"{name} has negative values, but a Poisson model needs them >= 0; use fbp for such data.")
-    shape = (*counts.shape[:-2], *radon.geometry.sinogram_shape)
-    m, b = (torch.as_tensor(term).to(counts).expand(shape) for term in (multiplicative, additive))
+    counts = counts if counts.is_floating_point() else counts.float()
+    m, b = (torch.as_tensor(term).to(counts).expand(counts.shape) for term in (multiplicative, additive))
     blur = _GaussianBlur(psf_mm / radon.geometry.pixel_mm)
 
     operators = [radon.subset(k, subsets) for k in range(subsets)]

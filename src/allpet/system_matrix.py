@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -87,20 +87,61 @@ class SystemMatrix:
         forward, transpose = (matrix.to(device=device, dtype=dtype) for matrix in (self.forward, self.transpose))
         return SystemMatrix(forward, transpose, self.pixels.to(device), self.rays.to(device))
 
-    def select(self, rays: Tensor) -> SystemMatrix:
+    def select(self, rays: Tensor) -> SystemMatrix | SplitMatrix:
         """Return the matrix of some rays of the sinogram, on the CPU.
 
-        One stored ray may serve eight rays of which only some are selected; such a matrix does up to twice the work.
+        With symmetries, the stored rays that interleaved views need of turned images are not those that they need of
+        mirrored ones, so these become two parts.
 
         Args:
             rays: indices ``view * bins + bin``, ``(number,)``, int64, each at most once.
         """
         places = self.rays[rays]
+        if self.images == 1:
+            return self._part(places, self.pixels, torch.zeros_like(places))
+        image = places % self.images
+        mirrored = image // 2 % 2  # of the quadrants, the second and the fourth
+        parts = []
+        for kind in mirrored.unique().tolist():
+            own = torch.nonzero(mirrored == kind).flatten()
+            columns = [column for column in range(self.images) if column // 2 % 2 == kind]
+            parts.append((own, self._part(places[own], self.pixels[:, columns], image[own] // 4 * 2 + image[own] % 2)))
+        return SplitMatrix(parts)
+
+    def _part(self, places: Tensor, pixels: Tensor, image: Tensor) -> SystemMatrix:
+        """Keep the stored rays of these places; each now belongs to this one of these images."""
         stored, row = torch.unique(places // self.images, return_inverse=True)
         arrays = (self.forward.values(), self.forward.col_indices(), self.forward.crow_indices())
         whole = sparse.csr_matrix(tuple(array.numpy() for array in arrays), shape=tuple(self.forward.shape))
         part = whole[stored.numpy()]
-        return SystemMatrix(_csr(part), _csr(part.T.tocsr()), self.pixels, row * self.images + places % self.images)
+        return SystemMatrix(_csr(part), _csr(part.T.tocsr()), pixels, row * pixels.shape[1] + image)
+
+
+class SplitMatrix:
+    """A matrix in parts.
+
+    Args:
+        parts: for each part the rays that it serves, ``(number,)`` int64, and their matrix.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, SystemMatrix]]) -> None:
+        self.parts = parts
+
+    def project(self, image: Tensor) -> Tensor:
+        """``(batch, rows * columns) -> (batch, views * bins)``."""
+        sinogram = image.new_empty(len(image), sum(len(rays) for rays, _ in self.parts))
+        for rays, matrix in self.parts:
+            sinogram[:, rays] = matrix.project(image)
+        return sinogram
+
+    def backproject(self, sinogram: Tensor) -> Tensor:
+        """``(batch, views * bins) -> (batch, rows * columns)``."""
+        images = [matrix.backproject(sinogram[:, rays]) for rays, matrix in self.parts]
+        return torch.stack(images).sum(0)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SplitMatrix:
+        """Return a copy on another device or in another precision."""
+        return SplitMatrix([(rays.to(device), matrix.to(device, dtype)) for rays, matrix in self.parts])
 
 
 _shared: WeakValueDictionary[tuple[object, ...], SystemMatrix] = WeakValueDictionary()

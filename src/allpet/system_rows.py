@@ -112,10 +112,8 @@ def build(geometry: ParallelBeam, kernel: str) -> tuple[sparse.csr_matrix, spars
         block.indices = place[block.indices]
         blocks.append(block)
         total += block.nnz
-    if total >= 2**31:
-        raise ValueError(
-            f"{geometry} needs {total} weights, more than int32 can count; use fewer views, bins or pixels."
-        )
+        if total >= 2**31:
+            raise ValueError(f"{geometry} needs more weights than int32 can count; use fewer views, bins or pixels.")
     matrix = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
     del blocks
     return matrix, matrix.T.tocsr()
