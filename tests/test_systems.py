@@ -275,3 +275,31 @@ def test_stage_2_refuses_data_of_another_geometry(data):
     system.geometry = ParallelBeam(32, 20, 21.6, 20, 21.6)
     with pytest.raises(ValueError, match="train stage 1 on these data first"):
         trainer(max_steps=1).fit(system, datamodule=data)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_both_stages_train_and_sample_in_bfloat16_on_a_gpu(data, tmp_path):
+    arguments = {
+        "accelerator": "gpu",
+        "devices": 1,
+        "precision": "bf16-mixed",
+        "gradient_clip_val": 1.0,
+        "max_steps": 30,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    torch.cuda.reset_peak_memory_stats()
+    first = stage1()
+    Trainer(**arguments).fit(first, datamodule=data)
+    first.save_pretrained(tmp_path / "vae")
+    second = stage2(str(tmp_path / "vae"))
+    Trainer(**arguments).fit(second, datamodule=data)
+    assert torch.cuda.max_memory_allocated() > 0
+    prompt, sampling = Prompt.of(["FDG:brain", "FDG:abdomen"]), Sampling(steps=5, n_views=24, counts=1e5)
+    on_gpu = second.cuda().sample(prompt, [0, 1], sampling)
+    on_cpu = second.cpu().sample(prompt, [0, 1], sampling)
+    assert on_gpu.stack.is_cuda
+    torch.testing.assert_close(on_gpu.stack.cpu(), on_cpu.stack, atol=1e-2 * float(on_cpu.stack.max()), rtol=0.05)
