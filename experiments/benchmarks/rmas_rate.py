@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import allpet
-from allpet.reports import FOLDER, table, write_report
+from allpet.reports import FOLDER, write_report
 
 POOL = 500
 SEED = 0
@@ -85,7 +85,11 @@ def main() -> None:
         for domain in arguments.domain
     ]
     path = write_report(arguments.output.stem, rows, [SEED], arguments.output.parent)
-    print(table(rows))
+    for row in rows:
+        print(
+            f"{row['mask']:>6} {row['domain']:>8} {row['geometry']}: {row['stacks']} stacks in {row['seconds']:.1f} s, "
+            f"{row['rate']:.0f} per second on {row['threads']} thread(s)"
+        )
     print(f"Written to {path}.")
 
 
