@@ -25,6 +25,8 @@ _SITES = {
 _LESION_FREE, _MEAN_COUNT, _MOST = 0.2, 3.5, 8  # per region of a patient, some 15 cm long
 _COLD, _INFLAMED = 0.35, 0.25  # shares of the lesions in liver and kidney, and of all others
 
+_HOT = 1.5  # mean contrast above which lesions of a kind are always brighter than the tissue around
+
 
 class Lesion(NamedTuple):
     """One lesion.
@@ -143,7 +145,12 @@ def draw_head_lesions(draw: Draw) -> tuple[HeadLesion, ...]:
 
 
 def lesion_level(
-    kinds: tuple[str, ...], deviation: tuple[float, float], tracer: Tracer, minutes: float | None, around: float
+    kinds: tuple[str, ...],
+    deviation: tuple[float, float],
+    tracer: Tracer,
+    minutes: float | None,
+    around: float,
+    blood: float,
 ) -> float | None:
     """Return a lesion's SUV for a tracer; None where its table has no row for it and so does not show it.
 
@@ -153,14 +160,19 @@ def lesion_level(
         tracer: the table.
         minutes: time after injection; None is the table's.
         around: SUV of the tissue around, which contrasts refer to.
+        blood: SUV of the blood; contrasts of hot lesions refer to it where the tissue around takes up less, so that a
+            tumour in the lung or in fat is no fainter than others.
     """
     for kind in kinds:
         if (row := tracer.lesions.get(kind)) is None:
             continue
-        level = lognormal(row.mean, row.sd, deviation[0])
-        if row.group == "contrast":
+        if row.group == "suv":
+            level = lognormal(row.mean, row.sd, deviation[0])
+        elif row.mean > _HOT:
             # The excess over the tissue around is what is spread, so that a hot lesion is never cold.
-            level = around * (1 + lognormal(row.mean - 1, row.sd, deviation[0]) if row.mean > 1.5 else level)
+            level = max(around, blood) * (1 + lognormal(row.mean - 1, row.sd, deviation[0]))
+        else:
+            level = around * lognormal(row.mean, row.sd, deviation[0])
         return level * tracer.late_factor(row, deviation[1], minutes)
     return None
 

@@ -187,7 +187,7 @@ def _paint(canvas: Canvas, patient: Patient, scans: Sequence[Scan]) -> None:
                 around = uptake[TISSUES[lesion.host].uptake]
             else:
                 around = 1.0 if lesion.kind == "hypometabolism" else uptake["grey_matter"]
-            level = lesion_level(kinds, lesion.deviation, scan.tracer, scan.minutes, around)
+            level = lesion_level(kinds, lesion.deviation, scan.tracer, scan.minutes, around, uptake["blood"])
             levels.append(around if level is None else level)
             shown |= level is not None
         if shown:
