@@ -17,7 +17,7 @@ SCALE_FILE := experiments/scale/$(SCALE).yaml
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
 # files after it have said. Sinograms keep their own views and bins; images are projected to SCALE's.
 DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
-	--data.geometry null --data.image_geometry '$${scale.geometry}')
+	--data.geometry null --data.image_geometry '$${...scale.geometry}')
 FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) $(ARGS)
 SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \

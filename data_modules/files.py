@@ -38,7 +38,9 @@ class SinogramFiles(SinogramDataModule):
     Args:
         folder: the folder, with its subfolders.
         kind: what the slices are; ``auto``: images if most are square and zero outside the inscribed circle.
-        geometry: of the sinograms; None: sinograms keep their own views and bins, images get those of ``laptop``.
+        geometry: of the sinograms; None: sinograms keep their own views and bins, images get ``image_geometry``.
+        image_geometry: what images are projected to where ``geometry`` is None; None: the views and bins of the preset
+            ``laptop``. Sinograms do not heed it.
         key: name of the array in each file, where files hold several.
         slices: axis that counts slices in three-dimensional arrays; ``auto``: the last in .mat files, else the first.
         full_turn: sinograms cover 360 degrees and are folded to 180.
@@ -68,6 +70,7 @@ class SinogramFiles(SinogramDataModule):
         folder: str,
         kind: Kind = "auto",
         geometry: ParallelBeam | None = None,
+        image_geometry: ParallelBeam | None = None,
         key: str | None = None,
         slices: Literal["auto", "first", "last"] = "auto",
         full_turn: bool = False,
@@ -87,7 +90,7 @@ class SinogramFiles(SinogramDataModule):
         trunk_probability: float = 0.2,
     ) -> None:
         super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability)
-        self.save_hyperparameters(logger=False, ignore=["geometry", "augmentation", "symmetry"])
+        self.save_hyperparameters(logger=False, ignore=["geometry", "image_geometry", "augmentation", "symmetry"])
         if kind not in ("auto", "sinogram", "image"):
             raise ValueError(f"kind is {kind!r}, but must be 'auto', 'sinogram' or 'image'.")
         for name, length in {"pixel_mm": pixel_mm, "bin_mm": bin_mm}.items():
@@ -96,6 +99,7 @@ class SinogramFiles(SinogramDataModule):
         self.prompt = Prompt.of([(tracer, region)])
         self.folder, self.kind, self.key, self.slices, self.full_turn = folder, kind, key, slices, full_turn
         self.asked_geometry, self.pixel_mm, self.bin_mm = geometry, pixel_mm, bin_mm
+        self.asked_image_geometry = geometry or image_geometry
         self.patient, self.val_share, self.test_share = patient, val_share, test_share
 
     def load(self) -> LoadedData:
@@ -113,7 +117,7 @@ class SinogramFiles(SinogramDataModule):
         values = torch.from_numpy(np.concatenate([found.slices for found in files]))
         reprojected = report.kind == "image"
         if reprojected:
-            geometry, pixel_mm, lengths = image_geometry(self.asked_geometry, values.shape[1:], self.pixel_mm)
+            geometry, pixel_mm, lengths = image_geometry(self.asked_image_geometry, values.shape[1:], self.pixel_mm)
             values = project_images(values, pixel_mm, geometry)
         else:
             geometry, lengths = sinogram_geometry(self.asked_geometry, values.shape[1:], self.bin_mm)

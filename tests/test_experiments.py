@@ -84,6 +84,7 @@ def test_data_of_ones_own_take_the_place_of_the_simulator(stage, scale, capsys):
     assert own["class_path"] == "data_modules.SinogramFiles"
     assert own["init_args"]["num_scans"] == 7
     assert own["init_args"]["geometry"] is None
+    assert own["init_args"]["image_geometry"] == simulated["init_args"]["geometry"]
     for name in ("batch_size", "augmentation", "symmetry"):
         assert own["init_args"][name] == simulated["init_args"][name]
 

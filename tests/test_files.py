@@ -214,6 +214,19 @@ def test_images_are_projected_and_flagged(tmp_path: Path, capsys: pytest.Capture
     assert whole.field_of_view_mm == pytest.approx(80.0)
 
 
+def test_a_geometry_for_images_leaves_sinograms_and_an_explicit_geometry_alone(tmp_path: Path, patients: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, one in enumerate(blobs(12, 80, 2.0)):
+        np.save(images / f"{i:04}.npy", one)
+    other = replace(GEOMETRY, n_views=16)
+    assert ready(images, image_geometry=other).geometry == other
+    assert ready(images, image_geometry=other, pixel_mm=2.0).geometry == other
+    assert ready(images, image_geometry=other, geometry=GEOMETRY).geometry == GEOMETRY
+    shutil.rmtree(images)
+    assert ready(patients, image_geometry=other, bin_mm=4.0).geometry == GEOMETRY
+
+
 def test_activity_outside_the_field_of_view_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
     sinogram = project_images(torch.ones(1, 40, 40), 4.0, GEOMETRY)[0]
     said = r"WARN  21\.\d% of the images' activity lies outside the field of view of 160 mm and is left out"
