@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 import allpet
 
@@ -27,7 +28,7 @@ class ExportPretrained(Callback):
     """When training ends, write ``pretrained/`` in the run's folder: config.json, model.safetensors and a card.
 
     Placed after weight averaging and ``LatentStatistics`` in the list of callbacks, it exports averaged weights with
-    their statistics. Weights that are not finite are not exported.
+    their statistics. Weights and statistics that are not finite are not exported.
 
     Args:
         folder: where to; None means ``pretrained/`` in the run's folder.
@@ -40,8 +41,7 @@ class ExportPretrained(Callback):
         """Export, on the first process."""
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        broken = [name for name, value in pl_module.named_parameters() if not torch.isfinite(value).all()]
-        if broken:
+        if broken := not_finite(pl_module):
             print(
                 f"WARNING: {broken[0]} and {len(broken) - 1} other weights are not finite, so nothing is exported: "
                 "lower the learning rate and train again."
@@ -50,6 +50,11 @@ class ExportPretrained(Callback):
         folder = Path(self.folder or Path(trainer.default_root_dir) / "pretrained")
         pl_module.save_pretrained(folder, card=card(trainer, pl_module))  # type: ignore[operator]
         print(f"Exported to {folder}")
+
+
+def not_finite(system: nn.Module) -> list[str]:
+    """Return the names of the parameters and stored buffers that hold NaN or infinity."""
+    return [name for name, value in system.state_dict().items() if not torch.isfinite(value).all()]
 
 
 def card(trainer: Trainer, system: LightningModule) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from allpet import AutoencoderSystem
+from callbacks.export import not_finite
 
 
 class LatentStatistics(Callback):
@@ -37,8 +38,10 @@ class LatentStatistics(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, store, check and log."""
+        """Measure, store, check and log; weights that are not finite have no latents, and the export says so."""
         assert isinstance(pl_module, AutoencoderSystem)
+        if not_finite(pl_module):
+            return
         training = pl_module.training
         pl_module.eval()
         mean, std = self._measure(trainer, pl_module, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]

@@ -237,13 +237,22 @@ def test_a_card_tells_only_what_it_may(tmp_path, monkeypatch):
     assert "| folder |" not in card
 
 
-def test_broken_weights_are_not_exported(tmp_path, capsys):
+def test_a_training_that_diverged_ends_in_one_sentence(tmp_path, capsys):
+    """With all callbacks of stage 1, as its experiment has them."""
     system = stage_1()
-    system.on_train_end = lambda: None
     with torch.no_grad():
         next(system.parameters())[0] = torch.nan
+    watching = [EMAWeightAveraging(decay=0.5), callbacks.Panels(n_slices=1), callbacks.LatentStatistics()]
+    fit(tmp_path, system, *watching, callbacks.ExportPretrained(), max_steps=2)
+    assert capsys.readouterr().out.count("WARNING") == 1
+    assert not (tmp_path / "pretrained").exists()
+
+
+def test_broken_statistics_are_not_exported(tmp_path, capsys):
+    system = stage_1()
+    system.autoencoder.latent_std[1] = torch.nan
     fit(tmp_path, system, callbacks.ExportPretrained(), max_steps=1)
-    assert "nothing is exported" in capsys.readouterr().out
+    assert "autoencoder.latent_std and 0 other weights are not finite" in capsys.readouterr().out
     assert not (tmp_path / "pretrained").exists()
 
 
