@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -133,6 +134,18 @@ def test_a_killed_training_continues_as_if_it_had_not_been(vae, tmp_path):
     assert scores(run) == scores(vae / "001")
 
 
+@pytest.mark.slow
+def test_two_processes_share_one_run(tmp_path):
+    words = [*VAE, "--run.root", str(tmp_path), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    for steps, said in ((4, "starts"), (6, "continues at step 4")):
+        both = allpet_process(*words, "--trainer.max_steps", str(steps))
+        assert both.returncode == 0, both.stderr
+        assert said in both.stdout + both.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["001"]
+    assert json.loads((tmp_path / "001" / "run.json").read_text())["finished"]["step"] == 6
+    assert (tmp_path / "001" / "pretrained" / "model.safetensors").is_file()
+
+
 def test_a_damaged_checkpoint_costs_one_interval(vae, tmp_path, capsys):
     fit(tmp_path, "--trainer.max_steps", "6")
     newest = tmp_path / "001" / "checkpoints" / "step=00000006.ckpt"
@@ -206,7 +219,7 @@ def test_sampling_before_stage_2_is_refused(tmp_path):
         main([*SAMPLE, "--run.root", str(tmp_path), "--model.folder", str(tmp_path / "ldm")])
 
 
-def test_a_run_folder_can_be_tested_and_a_checkpoint_does_not_override_the_command_line(vae, capsys):
+def test_a_run_folder_can_be_tested(vae, capsys):
     run = vae / "001"
     weights = str(run / "checkpoints" / "last.ckpt")
     main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", weights, "--trainer.enable_progress_bar", "false"])
@@ -214,6 +227,39 @@ def test_a_run_folder_can_be_tested_and_a_checkpoint_does_not_override_the_comma
     assert [path.name for path in vae.iterdir()] == ["001"]
     system = allpet.AutoencoderSystem.from_pretrained(run / "pretrained")
     assert system.geometry is not None
+
+
+def test_the_command_line_wins_over_a_checkpoint(tmp_path):
+    """Lightning lets the hyper-parameters in a checkpoint win, silently."""
+    network = '{"class_path": "allpet.Autoencoder", "init_args": {"channels": [8, 16]}}'
+    options = ["--model", "tiny_pet.Remembering", "--model.autoencoder", network, "--trainer.max_steps"]
+    fit(tmp_path, *options, "1", "--model.learning_rate", "0.25")
+    checkpoint = tmp_path / "001" / "checkpoints" / "step=00000001.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["learning_rate"] == 0.25
+    fit(tmp_path, *options, "2", "--model.learning_rate", "0.5", "--ckpt_path", str(checkpoint))
+    newer = torch.load(tmp_path / "002" / "checkpoints" / "step=00000002.ckpt", weights_only=True)
+    assert newer["hyper_parameters"]["learning_rate"] == 0.5
+
+
+def test_a_continued_run_names_no_checkpoint_in_its_snapshot(tmp_path):
+    fit(tmp_path, "--trainer.max_steps", "1")
+    fit(tmp_path, "--trainer.max_steps", "2")
+    assert yaml.safe_load((tmp_path / "001" / "config.yaml").read_text())["ckpt_path"] is None
+
+
+def test_unusable_data_are_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(6):
+        np.save(folder / f"{number}.npy", np.ones((16, 16), dtype=np.float32))
+    np.save(folder / "broken.npy", np.full((16, 16), np.nan, dtype=np.float32))
+    (folder / "cut.npy").write_bytes(b"no array")
+    np.save(folder / "wide.npy", np.ones((16, 20), dtype=np.float32))
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "vae", "--data", "data_modules.SinogramFiles", "--data.folder", str(folder))
+    assert all(name in str(stop.value) for name in ("broken.npy", "cut.npy", "wide.npy"))
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "vae").exists()
 
 
 def test_wandb_offline_keeps_every_run_apart(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 
 from allpet import runs
+from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, trim_metrics
 
 CONFIG = {
     "seed_everything": 0,
@@ -122,9 +125,7 @@ def test_newest_pretrained_is_of_a_finished_run_of_the_same_data(tmp_path):
 
 def save_checkpoints(folder, *steps: int) -> None:
     for step in steps:
-        runs.AtomicCheckpointIO().save_checkpoint(
-            {"weights": torch.full((1000,), step)}, folder / f"step={step:08d}.ckpt"
-        )
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.full((1000,), step)}, folder / f"step={step:08d}.ckpt")
 
 
 def test_the_newest_whole_checkpoint_is_used(tmp_path, capsys):
@@ -150,14 +151,24 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "step=00000005.ckpt"
     before = path.read_bytes()
     with pytest.raises(Exception, match="pickle"):
-        runs.AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3), "bad": lambda: None}, path)
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(3), "bad": lambda: None}, path)
     assert path.read_bytes() == before
     assert runs.usable_checkpoint(tmp_path) == (path, 5)
 
 
 def test_metrics_after_a_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("loss,step\n1.0,0\n0.9,1\n0.8,2\n0.7,\n")
-    runs.trim_metrics(path, 2)
-    assert path.read_text().split() == ["loss,step", "1.0,0", "0.9,1"]
-    runs.trim_metrics(tmp_path / "nothing.csv", 2)
+    path.write_text("loss,step,val\n1.0,0,\n0.9,1,2.0\n0.8,2,\n0.7,,\n0.8,1")  # the last line was cut off
+    trim_metrics(path, 2)
+    assert path.read_text().split() == ["loss,step,val", "1.0,0,", "0.9,1,2.0"]
+    trim_metrics(tmp_path / "nothing.csv", 2)
+
+
+def test_metrics_are_added_to_those_there(tmp_path):
+    for step, values in enumerate([{"a": 1.0}, {"b": 2.0}, {"a": 3.0, "c": 4.0}]):
+        logger = RunCSVLogger(tmp_path)
+        logger.log_metrics(values, step)
+        logger.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    assert rows == [{"a": "1.0", "step": "0"}, {"b": "2.0", "step": "1"}, {"a": "3.0", "c": "4.0", "step": "2"}]

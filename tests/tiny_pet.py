@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from allpet import ParallelBeam, Prompt, Radon
+from allpet import Autoencoder, AutoencoderSystem, ParallelBeam, Prompt, Radon
 from allpet.randomness import keyed_generator
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
 
@@ -45,3 +45,11 @@ class KilledAt(Callback):
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Remembering(AutoencoderSystem):
+    """A system whose hyper-parameters go into its checkpoints."""
+
+    def __init__(self, autoencoder: Autoencoder, learning_rate: float = 1e-3) -> None:
+        super().__init__(autoencoder, learning_rate)
+        self.save_hyperparameters()

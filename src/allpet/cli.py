@@ -25,10 +25,10 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from allpet import runs
+from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, trim_metrics
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
@@ -55,6 +55,7 @@ class AllpetCLI(LightningCLI):
     run: runs.Run | None = None
     folder: Path | None = None
     finished = False
+    _resume_from: Path | None = None
     _lock: FileLock | None = None
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -74,6 +75,7 @@ class AllpetCLI(LightningCLI):
         finally:
             if self._lock is not None:
                 self._lock.release()
+            if _rank() == 0:
                 os.environ.pop(_SHARED_RUN, None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -98,6 +100,7 @@ class AllpetCLI(LightningCLI):
                 self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
             elif keep and self.subcommand == "predict":
                 self.folder = _shared_folder() or runs.create_run(str(options.root), name=options.name).folder
+                os.environ[_SHARED_RUN] = str(self.folder)
         except (OSError, ValueError, RuntimeError) as error:
             # what the user gave cannot work: one sentence, no traceback
             raise SystemExit(f"allpet: {error}") from error
@@ -130,7 +133,7 @@ class AllpetCLI(LightningCLI):
             kwargs["logger"] = False
         plugins = trainer["plugins"] or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-        kwargs["plugins"] = [*plugins, runs.AtomicCheckpointIO()]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -183,17 +186,18 @@ class AllpetCLI(LightningCLI):
             return
         # A checkpoint of the last step in a run that has not finished was killed while it exported: step back once.
         usable = runs.usable_checkpoint(run.checkpoints, before_step=max_steps if max_steps > 0 else None)
-        if usable:
-            config.ckpt_path = str(usable[0])
+        self._resume_from = usable[0] if usable else None
         if first:
-            runs.trim_metrics(run.folder / "metrics.csv", usable[1] if usable else 0)
+            trim_metrics(run.folder / "metrics.csv", usable[1] if usable else 0)
             rank_zero_info(f"Run {run.folder} {f'continues at step {usable[1]}' if usable else 'starts'}.")
 
     def _for_folder(self) -> Namespace:
-        """Return the configuration with W&B's files and identity those of the run."""
+        """Return the configuration with the checkpoint to continue from, and with the run as W&B's folder and name."""
         config = self.config.clone()
         if self.run is None:
             return config
+        if self._resume_from is not None:
+            config[self.subcommand].ckpt_path = str(self._resume_from)
         given = config[self.subcommand].trainer.logger
         for logger in given if isinstance(given, list) else [given]:
             if isinstance(logger, Namespace) and logger.class_path.endswith("WandbLogger"):
@@ -231,28 +235,6 @@ class RunConfig(SaveConfigCallback):
                 logger.log_hyperparams(yaml.safe_load(text))
 
 
-class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` in the run's folder; a run that is continued adds to it, where Lightning's own starts anew."""
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder, name="", version="", flush_logs_every_n_steps=50)
-
-    @property
-    def experiment(self) -> Any:
-        """The writer of the file."""
-        if self._experiment is None and _rank() == 0:
-            self._experiment = _ContinuedWriter(self.log_dir)
-        return super().experiment
-
-
-class _ContinuedWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(encoding="utf-8") as file:
-                self.metrics_keys = file.readline().strip().split(",")
-
-
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
     """Put pretrained folders in the place of roots; return the hash of the weights that are built upon."""
     arguments, hashes = config.model.get("init_args") or Namespace(), []
@@ -265,9 +247,9 @@ def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
 
 
 def _named_run(folder: Path, options: runs.RunOptions, key: str, data_hash: str) -> runs.Run:
-    if _rank() != 0:
-        return runs.Run(folder, {})
     known = next((run for run in runs.list_runs(folder.parent) if run.folder == folder), None)
+    if _rank() != 0:
+        return known or runs.Run(folder, {})  # the first process makes and checks it
     if known is None or not options.resume:
         return runs.create_run(folder.parent, key, data_hash, name=folder.name)
     if known.record.get("fingerprint") != key:

@@ -11,7 +11,6 @@ is the hash of the resolved configuration and of the data; the same command find
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -23,9 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 # What says how long, where to and how visibly, but not what is trained.
 _TRAINER_ASIDE = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler")
@@ -92,27 +89,6 @@ class Run:
                 "start another run."
             ) from None
         return lock
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place and rename it, so that a killed process leaves the old one or the new one.
-
-    Lightning's own writes to the system's temporary folder, from where a move may be a copy, and keeps a second copy of
-    the checkpoint in memory.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Write ``checkpoint`` to ``path``; on return it is on the disk."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_name(f".{target.name}.part")
-        with scratch.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
 
 
 def fingerprint(config: dict[str, Any], data_hash: str, weights: str = "") -> str:
@@ -240,23 +216,6 @@ def usable_checkpoint(folder: str | Path, before_step: int | None = None) -> tup
         path.rename(path.with_suffix(".damaged"))
         print(f"Checkpoint {path} is damaged and was renamed to *.damaged: the one before it is used.")
     return None
-
-
-def trim_metrics(path: str | Path, step: int) -> None:
-    """Drop the rows of a metrics.csv that lie at or after ``step``: they will be measured again."""
-    path = Path(path)
-    if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        rows = [row for row in reader if row.get("step", "").isdecimal() and int(row["step"]) < step]
-    scratch = path.with_suffix(".part")
-    with scratch.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(scratch, path)
 
 
 def _checkpoints(folder: str | Path) -> Iterator[tuple[int, Path]]:
