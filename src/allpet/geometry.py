@@ -83,7 +83,7 @@ class ParallelBeam:
 
     @property
     def pixel_centers(self) -> tuple[Tensor, Tensor]:
-        """x of each pixel and y of each pixel in mm, two ``(rows, columns)`` float64 tensors."""
+        """X of each pixel and y of each pixel in mm, two ``(rows, columns)`` float64 tensors."""
         axis = (torch.arange(self.image_size, dtype=torch.float64) - (self.image_size - 1) / 2) * self.pixel_mm
         y, x = torch.meshgrid(-axis, axis, indexing="ij")
         return x, y
