@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import allpet
+from allpet import cli
 from allpet.cli import main
 
 HERE = Path(__file__).parent
@@ -271,6 +272,14 @@ def test_wandb_offline_keeps_every_run_apart(tmp_path, monkeypatch):
         assert yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["learning_rate"] == rate
         assert len(list((run / "wandb").glob("offline-run-*"))) == 1
         assert scores(run)
+
+
+def test_loggers_that_leave_the_machine_get_no_path_and_no_name():
+    config = {"data": {"class_path": "x", "init_args": {"folder": "/a/b", "patient": "p_*", "seed": 3}}, "model": {}}
+    sent = cli._without_paths_and_names(config)
+    assert sent["data"]["init_args"] == {"seed": 3}
+    assert config["data"]["init_args"]["folder"] == "/a/b"
+    assert cli._without_paths_and_names({"model": {}}) == {"model": {}}
 
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):

@@ -232,7 +232,14 @@ class RunConfig(SaveConfigCallback):
         os.replace(scratch, self.folder / self.config_filename)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams(yaml.safe_load(text))
+                logger.log_hyperparams(_without_paths_and_names(yaml.safe_load(text)))
+
+
+def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out where the data lie and how their files are named: loggers may carry the rest off the machine."""
+    data = config.get("data") or {}
+    kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in ("folder", "patient")}
+    return {**config, "data": {**data, "init_args": kept}} if data else config
 
 
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:

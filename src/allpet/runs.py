@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 _TRAINER_ASIDE = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler")
 _ASIDE = ("config", "ckpt_path", "run", "scale", "subcommand", "weights_only")
 # Where the data lie: their content is in the data's hash.
-_DATA_ASIDE = ("folder", "cache", "cache_folder", "num_workers")
+_DATA_ASIDE = ("folder", "cache", "num_workers")
 
 
 @dataclass(frozen=True)
