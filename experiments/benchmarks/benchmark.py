@@ -152,7 +152,10 @@ def rows_of(
     images = torch.ones(setting.batch, 1, *geometry.image_shape, device=setting.device)
     table, allowed = CellTable(geometry), cells_in_view(geometry, 8)
     cells = draw_cells(setting.batch, 8, (CELLS, CELLS), torch.Generator().manual_seed(SEED), allowed)
-    for operation, call in operations(radon, setting.geometry, images, cells.to(setting.device), table).items():
+    cells = cells.to(setting.device)
+    for call in operations(radon, setting.geometry, images[:1], cells[:1], table).values():
+        call()  # makes matrices and tables
+    for operation, call in operations(radon, setting.geometry, images, cells, table).items():
         rate = setting.batch / seconds_of(call, enough)
         known = {peer: value for (peer, name), value in peers.items() if name == operation}
         if operation != "osem":
@@ -171,6 +174,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["geometry"] for row in rows))
     where = list(dict.fromkeys((row["device"], row["threads"]) for row in rows))
     device, threads = where[0]
+    batches = sorted({row["batch"] for row in rows if row["device"] == device})
     figure, axes = plt.subplots(
         len(names), len(OPERATIONS), figsize=(15, 3.2 * len(names)), sharex=True, squeeze=False, layout="constrained"
     )
@@ -189,6 +193,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                         [row["batch"] for row in shown], [row["ratio"] for row in shown], "o-", color=colour, ms=3
                     )
             axis.set(xscale="log", yscale="log", title=f"{operation}, {geometry}")
+            axis.set_xticks(batches, list(map(str, batches)))
+            axis.minorticks_off()
             axis.axhline(1, color="0.7", lw=0.8)
     for axis in axes[-1]:
         axis.set_xlabel("batch")

@@ -47,7 +47,7 @@ def _share(
             symmetry=SymmetryAugmentation,
         )
         system = AutoencoderSystem(Autoencoder(channels=channels, latent_channels=4, patch=patch, seam=seam))
-        profiler = SimpleProfiler()
+        profiler = SimpleProfiler(folder, "profile")  # into a file, not onto the screen
         trainer = Trainer(
             max_steps=steps,
             precision="bf16-mixed",
@@ -65,16 +65,15 @@ def _share(
     spent = {key: sum(times[1:]) for key, times in profiler.recorded_durations.items()}
 
     def total(*parts: str) -> float:
-        return sum(value for key, value in spent.items() if any(key.endswith(part) for part in parts))
+        return sum(value for key, value in spent.items() if key.endswith(parts))
 
-    waiting, moving = total("train_dataloader_next"), total("batch_to_device")
-    augmenting = total(f"{type(data).__name__}.on_after_batch_transfer")
-    training = total("run_training_batch")
+    # Moving a batch includes augmenting it.
+    data_module, training = total("train_dataloader_next", "batch_to_device"), total("run_training_batch")
     return {
         "scale": name,
         "batch": batch_size,
         "threads": torch.get_num_threads(),
         "device": str(trainer.strategy.root_device),
         "step_seconds": statistics.median(profiler.recorded_durations["run_training_batch"][1:]),
-        "data_share": (waiting + moving + augmenting) / (waiting + moving + augmenting + training),
+        "data_share": data_module / (data_module + training),
     }
