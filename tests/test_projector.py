@@ -571,6 +571,7 @@ def test_asking_for_cuda_without_a_gpu_gives_one_sentence():
 
 
 def test_every_reason_against_astra_is_named(monkeypatch):
+    monkeypatch.setattr(astra_cuda, "_why_not_installed", astra_cuda._why_not_installed.__wrapped__)  # not remembered
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert astra_cuda.why_unavailable() == "torch sees no CUDA device"
     monkeypatch.setattr(astra, "has_feature", lambda feature: False)

@@ -18,6 +18,7 @@ in the sinogram, pixel by pixel, and is not the exact transpose: about 0.6 % off
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from typing import Any
@@ -33,16 +34,17 @@ _projectors: dict[tuple[object, ...], tuple[int, Any, Any]] = {}
 
 def why_unavailable() -> str | None:
     """Return why ASTRA cannot project on a GPU here, or None if it can."""
+    # Asking torch, since astra.use_cuda() would create a CUDA context in a process that may fork.
+    return _why_not_installed() or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
     try:
         import astra
     except ImportError as error:
         return f"astra-toolbox cannot be imported ({error})"
-    if not astra.has_feature("cuda"):
-        return "this build of astra-toolbox has no CUDA"
-    # Asking torch, since astra.use_cuda() would create a CUDA context in a process that may fork.
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return None
+    return None if astra.has_feature("cuda") else "this build of astra-toolbox has no CUDA"
 
 
 def project(image: Tensor, geometry: ParallelBeam, angles: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from allpet import disk_cache
 from allpet.geometry import ParallelBeam
 from allpet.system_rows import TILE, build, is_symmetric, pixel_table, ray_table, weights_source
 
-PANEL_COLUMNS = {"cpu": 32, "cuda": 512}
+PANEL_COLUMNS = {"cpu": 32, "cuda": 256}
 CPU = torch.device("cpu")
 FEW_COLUMNS = 3
 FORMAT = 1  # of the cached file; count up when its content changes
