@@ -453,12 +453,13 @@ def build_when_told(barrier, queue):
 
 
 def test_two_processes_may_build_at_once(empty_cache):
-    context = multiprocessing.get_context("fork")
+    # not fork: the threads that earlier tests used do not survive it
+    context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(2), context.Queue()
     processes = [context.Process(target=build_when_told, args=(barrier, queue)) for _ in range(2)]
     for process in processes:
         process.start()
-    sums = [queue.get(timeout=60) for _ in processes]
+    sums = [queue.get(timeout=240) for _ in processes]
     for process in processes:
         process.join(timeout=60)
     assert sums[0] == sums[1]
