@@ -49,7 +49,7 @@ def allpet_process(*words: str, **environment: str) -> subprocess.CompletedProce
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
