@@ -248,6 +248,40 @@ def test_a_continued_run_names_no_checkpoint_in_its_snapshot(tmp_path):
     assert yaml.safe_load((tmp_path / "001" / "config.yaml").read_text())["ckpt_path"] is None
 
 
+def test_a_budget_below_what_was_trained_loses_nothing(tmp_path, capsys):
+    killed = allpet_process(*VAE, "--run.root", str(tmp_path), KILL_AT="7")
+    assert killed.returncode == -signal.SIGKILL
+    before = (tmp_path / "001" / "metrics.csv").read_bytes()
+    with pytest.raises(SystemExit, match=r"already trained 6 steps, more than --trainer.max_steps=4: .*resume=false"):
+        fit(tmp_path, "--trainer.max_steps", "4")
+    assert (tmp_path / "001" / "metrics.csv").read_bytes() == before
+    assert (tmp_path / "001" / "checkpoints" / "step=00000006.ckpt").exists()
+
+
+def test_a_checkpoint_named_for_a_run_that_has_its_own_is_refused(tmp_path):
+    fit(tmp_path, "--trainer.max_steps", "1")
+    checkpoint = tmp_path / "001" / "checkpoints" / "step=00000001.ckpt"
+    with pytest.raises(SystemExit, match="continues from its own checkpoint: leave out --ckpt_path"):
+        fit(tmp_path, "--trainer.max_steps", "2", "--ckpt_path", str(checkpoint))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(tmp_path):
+    with pytest.raises(SystemExit, match=r"The loss is (nan|inf) at step \d+: lower --model.learning_rate"):
+        fit(tmp_path, "--model.learning_rate", "1e30")
+    run = tmp_path / "001"
+    assert json.loads((run / "run.json").read_text())["finished"] is None
+    assert not (run / "pretrained").exists()
+    for checkpoint in (run / "checkpoints").glob("*.ckpt"):
+        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_training_without_loggers_runs(tmp_path):
+    watch = "lightning.pytorch.callbacks.LearningRateMonitor"
+    fit(tmp_path, "--trainer.max_steps", "1", "--trainer.logger", "false", f"--trainer.callbacks+={watch}")
+    assert (tmp_path / "001" / "pretrained").exists()
+
+
 def test_unusable_data_are_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()

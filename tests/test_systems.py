@@ -7,7 +7,16 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, ParallelBeam, Prompt, Sampling
+from allpet import (
+    Autoencoder,
+    AutoencoderSystem,
+    Denoiser,
+    LatentDiffusion,
+    ParallelBeam,
+    Prompt,
+    Sampling,
+    SymmetryAugmentation,
+)
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.randomness import keyed_generator
 from allpet.systems.latent_diffusion import add_counting_noise
@@ -44,9 +53,9 @@ def stage1(**changes) -> AutoencoderSystem:
     return AutoencoderSystem(autoencoder, **{"warmup_steps": 2, "learning_rate": 3e-3, **changes})
 
 
-def stage2(autoencoder: Autoencoder) -> LatentDiffusion:
+def stage2(autoencoder: Autoencoder, **changes) -> LatentDiffusion:
     denoiser = Denoiser(channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8)
-    system = LatentDiffusion(autoencoder, denoiser, warmup_steps=2, learning_rate=2e-3)
+    system = LatentDiffusion(autoencoder, denoiser, **{"warmup_steps": 2, "learning_rate": 2e-3, **changes})
     system.geometry = GEOMETRY
     return system
 
@@ -76,8 +85,9 @@ def one_batch(data: SimulatedPET):
     return data.augment(next(iter(data.val_dataloader())))
 
 
-def test_stage_1_learns_to_reconstruct(data):
-    system = stage1()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stage_1_learns_to_reconstruct(optimizer, data):
+    system = stage1(optimizer=optimizer)
     batch = one_batch(data)
     before = (system.reconstruct(batch) - batch.expected).norm()
     trainer(max_steps=60).fit(system, datamodule=data)
@@ -94,9 +104,48 @@ def test_stage_2_learns_what_stage_1_encodes(data):
     assert losses[1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(stage, data, tmp_path):
-    make = stage1 if stage == 1 else lambda: stage2(stage1().autoencoder)
+def test_views_encoded_once_are_those_of_training(data):
+    """With one view, a training step sees the latents of the first epoch's masks, whatever the epoch."""
+    system = stage2(stage1().autoencoder, latent_views=1)
+    trainer(max_steps=1).fit(system, datamodule=data)
+    batch = data.augment(data.train_set[[3, 9, 1]], 0)
+    later = data.augment(data.train_set[[3, 9, 1]], 5)
+    kept, _ = system._training_latents(later, [torch.Generator() for _ in range(3)])
+    torch.testing.assert_close(kept, system.encode(batch), rtol=0, atol=1e-5)
+    assert not torch.allclose(kept, system.encode(later), atol=1e-3), "other masks, other latents"
+
+
+def test_several_views_are_drawn_with_the_labels_of_their_symmetries(data):
+    turned = SimulatedPET(
+        GEOMETRY, prompts=("FDG:brain",), num_scans=4, slices_per_patient=2, val_patients=1, test_patients=1,
+        batch_size=4, cache=None, symmetry=SymmetryAugmentation,
+    )  # fmt: skip
+    system = stage2(stage1().autoencoder, latent_views=3)
+    trainer(max_steps=1).fit(system, datamodule=turned)
+    batch = turned.augment(turned.train_set[[2] * 40], 0)
+    latents, labels = system._training_latents(batch, [torch.Generator().manual_seed(i) for i in range(40)])
+    views = [turned.augment(turned.train_set[[2]], view) for view in range(3)]
+    for view in views:
+        same = (latents - system.encode(view)).abs().amax(dim=(1, 2, 3)) < 1e-4
+        assert 3 < int(same.sum()) < 37, "each view is drawn, none always"
+        assert torch.equal(labels[same], view.symmetry.expand(int(same.sum()), -1))
+
+
+def test_unknown_optimizers_and_views_are_refused():
+    with pytest.raises(ValueError, match="optimizer is 'sgd', but must be 'adamw' or 'muon'"):
+        stage1(optimizer="sgd")
+    with pytest.raises(ValueError, match="latent_views is -1"):
+        stage2(stage1().autoencoder, latent_views=-1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [(1, {}), (1, {"optimizer": "muon"}), (2, {}), (2, {"optimizer": "muon", "latent_views": 2})],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(stage, changes, data, tmp_path):
+    def make():
+        return stage1(**changes) if stage == 1 else stage2(stage1().autoencoder, **changes)
+
     first = make()
     start = copy.deepcopy(first.state_dict())
 
@@ -104,7 +153,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage, data, tmp_path):
         system = make()
         system.load_state_dict(start)
         if stage == 2:
-            system._frozen = like._frozen
+            system._aside = like._aside
         return system
 
     whole, cut, rest = fresh(first), fresh(first), fresh(first)
@@ -185,7 +234,7 @@ def test_stage_2_comes_back_whole_from_its_folder(tmp_path):
 
 def test_stage_1_is_neither_trained_nor_stored_nor_copied_by_stage_2():
     system = stage2(stage1().autoencoder)
-    assert not any("autoencoder" in name or "_frozen" in name for name in system.state_dict())
+    assert not any("autoencoder" in name or "_aside" in name for name in system.state_dict())
     assert copy.deepcopy(system).autoencoder is system.autoencoder
     assert not any(parameter.requires_grad for parameter in system.autoencoder.parameters())
 

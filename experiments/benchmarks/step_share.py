@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 
 from allpet import Autoencoder, AutoencoderSystem, ParallelBeam, RadonMaskAugmentation, SymmetryAugmentation
+from allpet.precision import fast_precision
 from data_modules import SimulatedPET
 
 # The networks and batches of experiments/scale/laptop.yaml; at 256 the same network on what a research scanner gives.
@@ -50,7 +51,7 @@ def _share(
         profiler = SimpleProfiler(folder, "profile")  # into a file, not onto the screen
         trainer = Trainer(
             max_steps=steps,
-            precision="bf16-mixed",
+            precision=fast_precision(),
             profiler=profiler,
             logger=False,
             enable_checkpointing=False,
@@ -74,6 +75,7 @@ def _share(
         "batch": batch_size,
         "threads": torch.get_num_threads(),
         "device": str(trainer.strategy.root_device),
+        "precision": trainer.precision,
         "step_seconds": statistics.median(profiler.recorded_durations["run_training_batch"][1:]),
         "data_share": data_module / (data_module + training),
     }

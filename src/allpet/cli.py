@@ -22,13 +22,16 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from omegaconf import OmegaConf
 
 from allpet import runs
+from allpet.precision import fast_precision
 from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, trim_metrics
+from allpet.systems.base import Diverged
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
@@ -37,7 +40,11 @@ _SHARED_RUN = "ALLPET_RUN_FOLDER"
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args``, a list of words, takes the place of the shell's."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a newer name exists, but means something else in omegaconf 2.3
+        OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
     # Continuing a run, and testing one without what only matters in training, is what is meant.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
@@ -115,6 +122,8 @@ class AllpetCLI(LightningCLI):
         """Build the trainer; everything it writes goes to the run's folder."""
         trainer = self._get(self.config_init, "trainer")
         aside: tuple[type, ...] = () if trainer["enable_progress_bar"] is not False else (ProgressBar,)
+        if trainer["logger"] is False:
+            aside = (*aside, LearningRateMonitor)  # it would refuse to watch for nobody
         if self.subcommand != "fit":  # a run's own configuration may be given; these only matter in training
             aside = (*aside, Checkpoint, WeightAveraging)
         if isinstance(trainer["callbacks"], list):
@@ -144,7 +153,10 @@ class AllpetCLI(LightningCLI):
                 "--trainer.max_steps to train on, or add --run.resume=false to start another run."
             )
             return
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except Diverged as error:
+            raise SystemExit(f"allpet: {error}") from error
 
     def after_fit(self) -> None:
         """Record that the run has finished."""
@@ -184,6 +196,17 @@ class AllpetCLI(LightningCLI):
         if done and (done["limits"] == _limits(config.trainer) or 0 < max_steps <= done["step"]):
             self.finished = True
             return
+        newest = runs.usable_checkpoint(run.checkpoints)
+        if newest and 0 < max_steps < newest[1]:
+            raise ValueError(
+                f"Run {run.folder} has already trained {newest[1]} steps, more than --trainer.max_steps={max_steps}: "
+                "raise it, or add --run.resume=false to start another run."
+            )
+        if newest and config.ckpt_path:
+            raise ValueError(
+                f"Run {run.folder} continues from its own checkpoint: leave out --ckpt_path, or add --run.resume=false "
+                "to start another run from it."
+            )
         # A checkpoint of the last step in a run that has not finished was killed while it exported: step back once.
         usable = runs.usable_checkpoint(run.checkpoints, before_step=max_steps if max_steps > 0 else None)
         self._resume_from = usable[0] if usable else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from allpet.batches import SinogramBatch
@@ -18,7 +18,7 @@ from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.pretrained import load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
-from allpet.systems.base import CosineSystem
+from allpet.systems.base import CosineSystem, OptimizerName
 
 
 class AutoencoderSystem(CosineSystem):
@@ -28,9 +28,11 @@ class AutoencoderSystem(CosineSystem):
 
     Args:
         autoencoder: the network.
-        learning_rate: peak of AdamW's cosine schedule.
+        learning_rate: peak of the cosine schedule.
         warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's weight decay.
+        weight_decay: decoupled weight decay.
+        optimizer: "adamw" or "muon", see ``CosineSystem``.
+        others_factor: see ``CosineSystem``.
         kl_weight: weight of the KL divergence per latent element.
         image_weight: weight of the error after ``losses.weight_by_frequency``, which counts as it would in the image.
         mask_weight: weight of the absolute error of the mask where there is activity.
@@ -46,6 +48,8 @@ class AutoencoderSystem(CosineSystem):
         learning_rate: float = 1e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
+        optimizer: OptimizerName = "adamw",
+        others_factor: float = 1.0,
         kl_weight: float = 1e-4,
         image_weight: float = 1.0,
         mask_weight: float = 0.1,
@@ -54,7 +58,7 @@ class AutoencoderSystem(CosineSystem):
         adversarial_start: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(learning_rate, warmup_steps, weight_decay)
+        super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.kl_weight, self.image_weight, self.mask_weight = kl_weight, image_weight, mask_weight
@@ -66,6 +70,11 @@ class AutoencoderSystem(CosineSystem):
         scaling = self.autoencoder.scaling
         decoded, _ = self.autoencoder(scaling(stack))
         return scaling.inverse(decoded.stack)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The autoencoder."""
+        return self.autoencoder
 
     def setup(self, stage: str) -> None:
         """Take geometry and scale from the data module; a scale that came with weights stays."""
@@ -113,16 +122,13 @@ class AutoencoderSystem(CosineSystem):
         full = self.autoencoder.scaling.inverse(decoded.full)
         size = len(batch.sinogram)
         self.log("val/loss", self._total(losses), prog_bar=True, batch_size=size, sync_dist=True)
-        self.log("val/relative_l2", relative_l2(full, batch.expected).mean(), batch_size=size, sync_dist=True)
+        self._log_error("val/relative_l2", full, batch)
         self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
 
     def test_step(self, batch: SinogramBatch, batch_idx: int) -> None:
         """Log the relative L2 error of reconstruction and of the noisy input against the expected sinogram."""
-        size = len(batch.sinogram)
-        error = relative_l2(self.reconstruct(batch), batch.expected).mean()
-        self.log("test/relative_l2", error, batch_size=size, sync_dist=True)
-        noisy = relative_l2(batch.sinogram, batch.expected).mean()
-        self.log("test/relative_l2_input", noisy, batch_size=size, sync_dist=True)
+        self._log_error("test/relative_l2", self.reconstruct(batch), batch)
+        self._log_error("test/relative_l2_input", batch.sinogram, batch)
 
     def predict_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """Reconstruct the full sinograms of a batch."""
@@ -172,6 +178,13 @@ class AutoencoderSystem(CosineSystem):
         system.autoencoder.load_state_dict(weights)
         system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
+
+    def _log_error(self, name: str, sinogram: Tensor, batch: SinogramBatch) -> None:
+        # relative to nothing, an error is infinite: slices without activity are left out
+        active = batch.expected.flatten(1).any(dim=1)
+        if active.any():
+            error = relative_l2(sinogram[active], batch.expected[active]).mean()
+            self.log(name, error, batch_size=int(active.sum()), sync_dist=True)
 
     def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
         losses = {

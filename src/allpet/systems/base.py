@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+
+from allpet.optimizers import Muon, hidden_weights
+
+OptimizerName = Literal["adamw", "muon"]
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
 
 
 class CosineSystem(LightningModule):
-    """A system trained by AdamW with linear warm-up and a cosine decay to zero at the planned last step.
+    """A system trained with linear warm-up and a cosine decay to zero at the planned last step.
 
     Args:
         learning_rate: the peak.
         warmup_steps: steps until the peak.
-        weight_decay: of AdamW.
+        weight_decay: of either optimiser, decoupled.
+        optimizer: "adamw", or "muon" for the hidden weights of ``backbone``, AdamW for the rest.
+        others_factor: learning rate of that rest, in units of ``learning_rate``.
+
+    Raises:
+        ValueError: if the optimiser is unknown.
     """
 
-    def __init__(self, learning_rate: float, warmup_steps: int, weight_decay: float) -> None:
+    def __init__(
+        self,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        optimizer: OptimizerName = "adamw",
+        others_factor: float = 1.0,
+    ) -> None:
         super().__init__()
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {optimizer!r}, but must be 'adamw' or 'muon'.")
         self.learning_rate, self.warmup_steps, self.weight_decay = learning_rate, warmup_steps, weight_decay
+        self.optimizer, self.others_factor = optimizer, others_factor
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that is trained, without discriminators and the like."""
+        raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters; the trainer knows how many steps are planned."""
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            fused=self.trainer.precision in ("32-true", "bf16-mixed"),
-        )
+        """Optimise the trainable parameters; the trainer knows how many steps are planned.
+
+        Raises:
+            ValueError: if Muon is to update weights that are split over devices.
+        """
+        optimizer = self._muon() if self.optimizer == "muon" else self._adamw()
         steps = max(int(self.trainer.estimated_stepping_batches), 1)
 
         def factor(step: int) -> float:
@@ -40,6 +69,36 @@ class CosineSystem(LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop before a loss that is no number spoils the weights; the last checkpoint stays good.
+
+        Raises:
+            Diverged: if the loss is NaN or infinite.
+        """
+        if not torch.isfinite(loss):
+            raise Diverged(
+                f"The loss is {float(loss.detach())} at step {self.global_step}: lower --model.learning_rate or check "
+                "the data (make validate-data); the last checkpoint is from before."
+            )
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=self.trainer.precision in ("32-true", "bf16-mixed"),
+        )
+
+    def _muon(self) -> torch.optim.Optimizer:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError("Muon needs whole matrices, which FSDP splits: use --model.optimizer=adamw, or DDP.")
+        hidden = [weight for weight in hidden_weights(self.backbone) if weight.requires_grad]
+        known = set(map(id, hidden))
+        others = [weight for weight in self.parameters() if weight.requires_grad and id(weight) not in known]
+        return Muon(
+            hidden, others, self.learning_rate, self.others_factor * self.learning_rate, weight_decay=self.weight_decay
+        )
 
     def configure_gradient_clipping(
         self,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from allpet.batches import PromptBatch, SinogramBatch
 from allpet.diffusion.guidance import drop_prompt, guide
@@ -22,7 +24,7 @@ from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import CosineSystem
+from allpet.systems.base import CosineSystem, OptimizerName
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,23 @@ class Samples(NamedTuple):
     geometry: ParallelBeam
 
 
-class _Frozen:
-    """Hold a network outside the module tree: not trained, not checkpointed, not copied by weight averaging."""
+class _Aside:
+    """What lies outside the module tree: not trained, not checkpointed, not copied by weight averaging.
 
-    def __init__(self, network: Autoencoder) -> None:
-        self.network = network.eval().requires_grad_(False)
+    Attributes:
+        autoencoder: the frozen stage-1 network.
+        latents: of the training slices, ``(slices, views, latent_channels, rows, columns)``; None before a fit.
+        labels: of the symmetries drawn for each view, ``(slices, views, label_size)``; None without symmetries.
+        row: of each sample id in ``latents``.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.latents: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.row: dict[int, int] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Aside:
         return self
 
 
@@ -106,10 +118,14 @@ class LatentDiffusion(CosineSystem):
         autoencoder: the trained stage-1 network, or the folder it was exported to.
         denoiser: the network to train.
         diffusion: noise schedule and training target.
-        learning_rate: peak of AdamW's cosine schedule.
+        learning_rate: peak of the cosine schedule.
         warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's weight decay.
+        weight_decay: decoupled weight decay.
+        optimizer: "adamw" or "muon", see ``CosineSystem``.
+        others_factor: see ``CosineSystem``.
         prompt_dropout: probability of leaving open the tracer, the region, and both, each, in training.
+        latent_views: 0 encodes every batch anew, with new masks and symmetries; n encodes n such views of each
+            training slice once, when training starts, and saves the encoder's share of every step.
         sampling: how ``sample`` and ``predict`` draw.
         seed: keys training noise, times and prompt dropout.
     """
@@ -122,11 +138,14 @@ class LatentDiffusion(CosineSystem):
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
+        optimizer: OptimizerName = "adamw",
+        others_factor: float = 1.0,
         prompt_dropout: float = 0.1,
+        latent_views: int = 0,
         sampling: Sampling = Sampling(),
         seed: int = 0,
     ) -> None:
-        super().__init__(learning_rate, warmup_steps, weight_decay)
+        super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
         self.geometry: ParallelBeam | None = None
         if isinstance(autoencoder, (str, Path)):
             stage1 = AutoencoderSystem.from_pretrained(autoencoder)
@@ -136,20 +155,27 @@ class LatentDiffusion(CosineSystem):
                 f"The autoencoder has {autoencoder.latent_channels} latent channels and the denoiser "
                 f"{denoiser.latent_channels}: give the denoiser the autoencoder's number."
             )
-        self._frozen = _Frozen(autoencoder)
+        self._aside = _Aside(autoencoder)
         if not 0 <= prompt_dropout <= 1 / 3:
             raise ValueError(f"prompt_dropout is {prompt_dropout}, but each of three cases can have at most 1/3.")
-        self.denoiser, self.diffusion, self.sampling = denoiser, diffusion, sampling
+        if latent_views < 0:
+            raise ValueError(f"latent_views is {latent_views}, but must be 0 (encode every batch) or more.")
+        self.denoiser, self.diffusion, self.sampling, self.latent_views = denoiser, diffusion, sampling, latent_views
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
     @property
     def autoencoder(self) -> Autoencoder:
         """The frozen stage-1 network, on this module's device."""
-        return self._frozen.network.to(self.device)
+        return self._aside.autoencoder.to(self.device)
 
     def forward(self, noisy: Tensor, time: Tensor, prompt: Prompt, label: Tensor | None = None) -> Tensor:
         """Predict the training target of noisy latents; shapes as in ``Denoiser``."""
         return self.denoiser(noisy, time, prompt, label=label)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The denoiser."""
+        return self.denoiser
 
     def setup(self, stage: str) -> None:
         """Take the geometry from the data module.
@@ -167,6 +193,28 @@ class LatentDiffusion(CosineSystem):
             )
         self.geometry = geometry
 
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Encode ``latent_views`` views of every training slice, in a fixed order, so that a resumed run has the same.
+
+        The data module must have ``train_set`` and ``augment(batch, epoch)``.
+        """
+        if not self.latent_views:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows, size = list(range(len(data.train_set))), self.sampling.batch_size
+        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        latents, labels = [], []
+        for view in tqdm(range(self.latent_views), desc="Encoding the training slices", leave=False):
+            batches = [data.augment(move_data_to_device(data.train_set[piece], self.device), view) for piece in pieces]
+            with self.trainer.precision_plugin.forward_context():
+                latents.append(torch.cat([self.encode(batch).cpu() for batch in batches]))
+            labels.append([batch.symmetry for batch in batches])
+        self._aside.latents = torch.stack(latents, dim=1)
+        if labels[0][0] is not None:
+            self._aside.labels = torch.stack([torch.cat(view).cpu() for view in labels], dim=1)
+        self._aside.row = {sample: row for row, sample in enumerate(data.train_set.sample_id.tolist())}
+
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """Mean squared error of the prediction at keyed random times and noise."""
         generators = [
@@ -175,7 +223,8 @@ class LatentDiffusion(CosineSystem):
         time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators])
         draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(self.device)
         prompt = drop_prompt(batch.prompt, self.prompt_dropout, draws)
-        loss = self._loss(batch, time, generators, prompt)
+        clean, label = self._training_latents(batch, generators)
+        loss = self._loss(clean, label, time, generators, prompt)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -183,7 +232,7 @@ class LatentDiffusion(CosineSystem):
         """Log the same error at times and noise that are fixed for each slice."""
         generators = [keyed_generator("validation", sample, "diffusion") for sample in batch.sample_id.tolist()]
         time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators])
-        loss = self._loss(batch, time, generators, batch.prompt)
+        loss = self._loss(self.encode(batch), batch.symmetry, time, generators, batch.prompt)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.sinogram), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Samples:
@@ -267,11 +316,28 @@ class LatentDiffusion(CosineSystem):
         system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
-    def _loss(self, batch: SinogramBatch, time: Tensor, generators: list[torch.Generator], prompt: Prompt) -> Tensor:
-        clean = self.encode(batch)
+    def _training_latents(
+        self, batch: SinogramBatch, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None]:
+        latents, labels, row = self._aside.latents, self._aside.labels, self._aside.row
+        if latents is None:
+            return self.encode(batch), batch.symmetry
+        rows = torch.tensor([row[sample] for sample in batch.sample_id.tolist()])
+        views = torch.cat([torch.randint(self.latent_views, (1,), generator=generator) for generator in generators])
+        label = None if labels is None else labels[rows, views].to(self.device)
+        return latents[rows, views].to(self.device), label
+
+    def _loss(
+        self,
+        clean: Tensor,
+        label: Tensor | None,
+        time: Tensor,
+        generators: list[torch.Generator],
+        prompt: Prompt,
+    ) -> Tensor:
         noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
         noise, time = noise.to(clean), time.to(clean.device)
-        prediction = self(self.diffusion.add_noise(clean, noise, time), time, prompt, batch.symmetry)
+        prediction = self(self.diffusion.add_noise(clean, noise, time), time, prompt, label)
         return (prediction.float() - self.diffusion.target(clean, noise, time)).square().mean()
 
     @torch.no_grad()
