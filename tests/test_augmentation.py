@@ -15,7 +15,9 @@ from allpet import ParallelBeam, Radon, RadonMaskAugmentation, SymmetryAugmentat
 from allpet.augmentation import SymmetryParameters
 from allpet.consistency import helgason_ludwig_residual
 from allpet.masks import image_mask
+from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
+from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
 
 GEOMETRY = ParallelBeam(64, 80, 5.4, 80, 5.4)
 ODD = ParallelBeam(37, 51, 3.3, 45, 4.1)
@@ -97,6 +99,46 @@ def test_drawing_sample_by_sample_does_not_depend_on_the_batch(radon: Radon) -> 
             assert all(torch.equal(a, b) for a, b in zip(first[2], again[0], strict=True))
 
 
+def test_a_curriculum_draws_more_cells_epoch_by_epoch(radon: Radon) -> None:
+    augmentation = RadonMaskAugmentation(radon, n_cells=(1, 6), curriculum_epochs=10)
+    most = []
+    for epoch in (0, 4, 9, 10, 50, None):
+        cells = augmentation.draw(500, generator(), epoch)
+        assert cells.shape == (500, 6)
+        numbers = (cells >= 0).sum(dim=1)
+        assert numbers.min() == 1
+        most.append(int(numbers.max()))
+    assert most == [1, 3, 5, 6, 6, 6]
+    plain = RadonMaskAugmentation(radon, n_cells=(1, 6))
+    assert torch.equal(augmentation.draw(500, generator(), 10), plain.draw(500, generator(), 0))
+
+
+def test_training_follows_the_curriculum_by_its_epoch_and_evaluation_does_not() -> None:
+    class Four(SinogramDataModule):
+        def load(self) -> LoadedData:
+            ids = torch.arange(4)
+            part = SinogramSet(torch.ones(4, *GEOMETRY.sinogram_shape), None, Prompt(ids * 0, ids * 0), ids, ids)
+            return LoadedData(GEOMETRY, part, part, part, "of ones")
+
+    data = Four(augmentation=lambda radon: RadonMaskAugmentation(radon, n_cells=(2, 9), curriculum_epochs=7))
+    data.setup()
+    batch = data.train_set[list(range(4))]
+    for epoch in (0, 3, 100, None):
+        number = (data.augment(batch, epoch).stack.cells >= 0).sum(dim=1)  # as after resuming: nothing came before
+        assert number.max() <= (9 if epoch is None else min(9, 2 + epoch))
+        assert number.max() > 2 or epoch == 0
+
+
+def test_sizes_mix(radon: Radon) -> None:
+    augmentation = RadonMaskAugmentation(radon, grid=(4, 8, 16))
+    sinogram = torch.rand(60, 1, *GEOMETRY.sinogram_shape, generator=generator())
+    stack, _, cells = augmentation(sinogram, generator())
+    positive, full, negative = stack.unbind(1)
+    assert torch.equal(positive + negative, full)
+    shares = image_mask(cells, GEOMETRY, (4, 8, 16)).mean(dim=(1, 2, 3)) * 256 / (cells >= 0).sum(dim=1)
+    assert set(shares.round().int().tolist()) == {1, 4, 16}  # area of a cell, in the smallest
+
+
 def test_modules_can_live_inside_models(radon: Radon) -> None:
     model = torch.nn.Sequential(RadonMaskAugmentation(radon), SymmetryAugmentation(GEOMETRY))
     visited = []
@@ -124,6 +166,9 @@ def test_masking_is_differentiable(radon: Radon) -> None:
         ({"mask": "grey"}, "mask is 'grey'"),
         ({"n_cells": (1, 60)}, "most <= 52"),
         ({"grid": 100}, "grid is 100"),
+        ({"grid": (8, 100)}, "grid is 100"),
+        ({"grid": ()}, "grid is empty"),
+        ({"curriculum_epochs": -1}, "curriculum_epochs is -1"),
     ],
 )
 def test_bad_mask_arguments_are_named(radon: Radon, arguments: dict, sentence: str) -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from allpet import ParallelBeam, Radon
-from allpet.masks import CellTable, cell_edges, cells_in_view, draw_cells, image_mask, project_cells
+from allpet.masks import (
+    CellTable,
+    RectangleTable,
+    cell_edges,
+    cells_in_view,
+    draw_cells,
+    draw_sizes,
+    image_mask,
+    project_cells,
+)
 
 SQUARE = ParallelBeam(48, 64, 4.0, 64, 4.0)
 ODD = ParallelBeam(37, 51, 3.3, 45, 4.1)  # nothing divides by the grid, pixels are not bins
@@ -134,6 +143,63 @@ def test_image_masks_number_cells_from_the_top_left() -> None:
     assert mask[1, 0, 56:, 56:].min() == 1
 
 
+def test_sizes_are_equally_likely_and_do_not_mix() -> None:
+    n = 9000
+    cells = draw_sizes(n, (4, 8, 16), (2, 5), generator(), (None, None, None))
+    assert cells.shape == (n, 5)
+    size = torch.bucketize(cells, torch.tensor([0, 16, 16 + 64]), right=True)  # 0: padding, then the grid
+    largest = size.amax(dim=1, keepdim=True)
+    assert ((size == largest) | (size == 0)).all()
+    counts = torch.bincount(largest.flatten(), minlength=4)[1:]
+    assert (counts - n / 3).abs().max() < 5 * (n / 3) ** 0.5
+    assert cells.max() < 16 + 64 + 256
+    numbers = (cells >= 0).sum(dim=1)
+    assert (numbers.min(), numbers.max()) == (2, 5)
+
+
+@pytest.mark.parametrize("geometry", [SQUARE, ODD])
+def test_masks_of_several_sizes_are_those_of_their_own_grids(geometry: ParallelBeam) -> None:
+    grids = (4, 8)
+    both, first, second = CellTable(geometry, grids), CellTable(geometry, 4), CellTable(geometry, 8)
+    large, small = torch.tensor([[5, 6, -1]]), torch.tensor([[27, 28, 40]])
+    numbered_on = small + 16
+    assert torch.equal(both.masks(large), first.masks(large))
+    assert torch.equal(both.masks(numbered_on), second.masks(small))
+    assert torch.equal(image_mask(large, geometry, grids), image_mask(large, geometry, 4))
+    assert torch.equal(image_mask(numbered_on, geometry, grids), image_mask(small, geometry, 8))
+
+
+@pytest.mark.parametrize("geometry", [SQUARE, ODD])
+@pytest.mark.parametrize("kind", ["soft", "binary"])
+def test_a_rectangle_is_the_sum_of_its_cells(geometry: ParallelBeam, kind: str) -> None:
+    rectangles = torch.tensor([[[1, 2, 4, 7], [5, 0, 8, 1]], [[0, 0, 8, 8], [0, 0, 0, 0]]])  # row, column, ends
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    inside = [
+        [(rows >= top) & (columns >= left) & (rows < bottom) & (columns < right) for top, left, bottom, right in one]
+        for one in rectangles.tolist()
+    ]
+    cells = torch.full((2, 64), -1)
+    for k, (one, other) in enumerate(inside):
+        number = torch.nonzero((one | other).flatten()).flatten()
+        cells[k, : len(number)] = number
+    from_cells, from_sums = (table(geometry, 8, kind) for table in (CellTable, RectangleTable))
+    difference = (from_cells.masks(cells) - from_sums.masks(rectangles)).abs()
+    if kind == "soft":
+        assert difference.max() < 1e-5
+    else:
+        assert difference.mean() < 0.005  # rays that only graze a corner are a matter of rounding
+    assert from_sums.masks(torch.zeros(1, 3, 4, dtype=torch.int64)).max() == 0
+
+
+def test_tables_of_rectangles_survive_copies_and_pickles() -> None:
+    table = RectangleTable(SQUARE, 8)
+    rectangles = torch.tensor([[[2, 2, 5, 6]]])
+    expected = table.masks(rectangles)
+    for twin in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert torch.equal(twin.masks(rectangles), expected)
+    assert len(pickle.dumps(table)) < 2000
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -142,6 +208,9 @@ def test_image_masks_number_cells_from_the_top_left() -> None:
         (lambda: cell_edges(16, 17), "grid is 17"),
         (lambda: CellTable(SQUARE, 8, "hard"), "'soft' or 'binary'"),  # type: ignore[arg-type]
         (lambda: cells_in_view(SQUARE, 8, "edge"), "criterion"),  # type: ignore[arg-type]
+        (lambda: CellTable(SQUARE, (8, 100)), "grid is 100"),
+        (lambda: RectangleTable(SQUARE, 8).masks(torch.tensor([[[0, 0, 9, 1]]])), "0 <= first <= end <= 8"),
+        (lambda: RectangleTable(SQUARE, 8).masks(torch.tensor([[[3, 0, 2, 1]]])), "0 <= first <= end <= 8"),
     ],
 )
 def test_bad_input_is_named(call, sentence: str) -> None:  # type: ignore[no-untyped-def]

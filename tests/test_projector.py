@@ -241,6 +241,15 @@ def test_panels_and_single_images_agree(layout):
         assert relative(operation(x), one_by_one) < 1e-6
 
 
+@pytest.mark.parametrize("columns", [1, 5, 40])
+def test_every_way_to_multiply_gives_the_matrix_product(columns, layout):
+    """One by one, by MKL, as sums of embeddings: which one runs depends on the number of columns."""
+    matrix = Radon(ODD)._matrix(torch.device("cpu"), torch.float32)
+    for part in (matrix.forward, matrix.transpose):
+        dense = noise(part.shape[1], columns)
+        assert relative(system_matrix._multiply(part, dense), part.to_dense() @ dense) < 1e-6
+
+
 def test_channels_are_projected_one_by_one_and_an_empty_batch_stays_empty():
     radon = Radon(SMALL)
     images = noise(2, 3, *SMALL.image_shape)
@@ -392,10 +401,20 @@ def empty_cache(tmp_path, monkeypatch):
 def test_a_matrix_is_built_once_and_read_back(empty_cache, monkeypatch):
     expected = Radon(SMALL).project(blobs(SMALL))
     (name,) = cached_files(empty_cache)
-    assert name.startswith("radon-linear-12x18-14-")
+    assert name.startswith("radon-linear-12x18-14-forward-")
     system_matrix._shared.clear()
     monkeypatch.setattr(system_matrix, "build", None)  # building again would fail
     assert torch.equal(Radon(SMALL).project(blobs(SMALL)), expected)
+
+
+def test_the_transpose_is_made_when_it_is_needed_and_kept_too(empty_cache, monkeypatch):
+    sinogram = Radon(SMALL).project(blobs(SMALL))
+    assert len(cached_files(empty_cache)) == 1
+    expected = Radon(SMALL).backproject(sinogram)
+    assert [name.split("-")[4] for name in cached_files(empty_cache)] == ["forward", "transpose"]
+    system_matrix._shared.clear()
+    monkeypatch.setattr(system_matrix, "_transpose", None)  # making it again would fail
+    assert torch.equal(Radon(SMALL).backproject(sinogram), expected)
 
 
 def test_everything_the_matrix_depends_on_is_in_the_key(empty_cache, monkeypatch):

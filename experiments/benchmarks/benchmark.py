@@ -2,8 +2,10 @@
 
     python experiments/benchmarks/benchmark.py [--device cpu cuda] [--quick]      (make benchmark)
 
-takes about 12 minutes on two cores and writes ``outputs/reports/benchmark.json``, ``.md`` and ``.png``. A row compares
-one operation with one peer: ``rate`` and ``peer_rate`` in images per second, ``ratio`` of the two.
+takes at most 15 minutes on two cores and writes ``outputs/reports/benchmark.json``, ``.md`` and ``.png``. A row
+compares one operation with one peer: ``rate`` and ``peer_rate`` in images per second, ``ratio`` of the two; ``summary``
+holds those of one thread and two batches side by side, ``ready`` how soon and in how much memory the largest geometry
+can be used, ``training_step`` what share of a training step the data module takes.
 
 Peers: ``astra_cpu``, a loop over ASTRA's 2D calls (FBP: its own algorithm); ``scipy_csr``, ASTRA's matrix in SciPy, the
 whole batch at once; ``skimage``, radon and iradon; ``grid_sample``, the image turned by torch view by view; and
@@ -17,8 +19,12 @@ on one thread.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,12 +36,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from peers import AstraCudaLoop, AstraLoop, GridSample, Peer, ScikitImage, ScipyCSR
-from step_share import step_shares
 from torch import Tensor
 from tqdm import tqdm
 
 from allpet import ParallelBeam, Radon, astra_cuda, fbp, osem, reports
 from allpet.masks import CellTable, cells_in_view, draw_cells
+from allpet.system_matrix import SystemMatrix
 
 GEOMETRIES = {
     "128/180/128": ParallelBeam(180, 128, 4.0, 128, 4.0),
@@ -48,6 +54,19 @@ OPERATIONS = ("project", "backproject", "masks", "fbp", "osem")
 ITERATIONS = 2  # of OSEM
 CELLS = 8  # of a mask
 SEED = 0
+READY = """
+import json, re, time, torch
+from allpet import ParallelBeam, Radon
+start = time.perf_counter()
+radon = Radon(ParallelBeam(512, 512, 1.4, 512, 1.4))
+radon.project(torch.ones(1, 1, 512, 512))
+projected = time.perf_counter()
+radon.backproject(torch.ones(1, 1, 512, 512))
+end = time.perf_counter()
+# Not getrusage, whose maximum a process inherits from the one that started it.
+peak = int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 2**20
+print(json.dumps({"project_seconds": projected - start, "backproject_seconds": end - projected, "peak_gib": peak}))
+"""
 
 
 class Setting(NamedTuple):
@@ -77,10 +96,10 @@ def seconds_of(run: Callable[[], object], enough: float) -> float:
 
 
 def bandwidth(device: str) -> float:
-    """Return bytes per second that a copy of 256 MiB reads and writes, with the current number of threads."""
+    """Return bytes per second that a copy of 256 MiB reads and writes, with the current number of threads, at best."""
     source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 0.5)
+    target = torch.zeros_like(source)  # written once, so that its pages are there
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), 0.1) for _ in range(5))
 
 
 def operations(
@@ -100,12 +119,13 @@ def operations(
     return calls
 
 
-def bytes_moved(radon: Radon, operation: str, batch: int, device: str) -> float | None:
+def bytes_moved(radon: Radon, operation: str, batch: int, device: torch.device) -> float:
     """Return the bytes that one image of a batch has to move."""
     rays, pixels = (4 * a * b for a, b in (radon.geometry.sinogram_shape, radon.geometry.image_shape))
     if operation == "masks":
         return (CELLS + 1) * rays
-    matrix = radon._matrix(torch.device(device), torch.float32)
+    matrix = radon._matrix(device, torch.float32)
+    assert isinstance(matrix, SystemMatrix)  # only subsets of views come in parts
     weights = 8 * matrix.forward.values().numel() * len(list(matrix._panels(torch.empty(batch, 0, device=device))))
     # FBP also reads the sinogram and writes it filtered.
     return {"project": 1, "backproject": 1, "fbp": 3}.get(operation, 0) * rays + pixels + weights / batch
@@ -159,7 +179,7 @@ def rows_of(
         rate = setting.batch / seconds_of(call, enough)
         known = {peer: value for (peer, name), value in peers.items() if name == operation}
         if operation != "osem":
-            known["bandwidth"] = moved / bytes_moved(radon, operation, setting.batch, setting.device)
+            known["bandwidth"] = moved / bytes_moved(radon, operation, setting.batch, images.device)
         if setting.device == "cuda" and operation != "masks" and radon._runs_on_astra(images):
             sparse = operations(Radon(geometry, backend="matrix"), setting.geometry, images, None, None)
             known["cusparse"] = setting.batch / seconds_of(sparse[operation], enough)
@@ -167,6 +187,57 @@ def rows_of(
             yield {"operation": operation, **setting._asdict(), "rate": rate, "peer": peer, "peer_rate": peer_rate} | {
                 "ratio": rate / peer_rate
             }
+
+
+def readiness() -> list[dict[str, Any]]:
+    """Time the first projection and the first backprojection of a process at 512, its matrix built or read again."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("empty", "filled"):
+            run = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", READY],
+                env={**os.environ, "ALLPET_CACHE": folder},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            rows.append({"geometry": "512/512/512", "cache": cache, **json.loads(run.stdout)})
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the ratios to all peers side by side, for the fewest threads and the batches 1 and 32 (or the largest)."""
+    device, threads = rows[0]["device"], rows[0]["threads"]
+    own = [row for row in rows if (row["device"], row["threads"]) == (device, threads)]
+    batches = {row["batch"] for row in own}
+    shown = {1, 32} & batches or {max(batches)}
+    summary: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in own:
+        if row["batch"] in shown:
+            key = (row["operation"], row["geometry"], row["batch"])
+            entry = summary.setdefault(key, {name: row[name] for name in ("operation", "geometry", "batch", "rate")})
+            entry[f"over_{row['peer']}"] = row["ratio"]
+    return sorted(summary.values(), key=lambda entry: OPERATIONS.index(entry["operation"]))
+
+
+def remarks(rows: list[dict[str, Any]], ready: list[dict[str, Any]], shares: list[dict[str, Any]]) -> str:
+    """Say in words what stands above the table."""
+    parts = [
+        f"Images per second on {rows[0]['threads']} thread(s), and how many times those of each peer "
+        f"({len(rows)} rows for all batches and threads are in the JSON file); `bandwidth` is the rate at which memory "
+        "moves the bytes that have to move."
+    ]
+    for row in ready:
+        parts.append(
+            f"At {row['geometry']} with the cache {row['cache']}: first projection after {row['project_seconds']:.1f} "
+            f"s, first backprojection {row['backproject_seconds']:.1f} s later, peak memory {row['peak_gib']:.2f} GiB."
+        )
+    for row in shares:
+        parts.append(
+            f"Stage 1 at scale {row['scale']}: the data module takes {100 * row['data_share']:.1f} % of a step of "
+            f"{row['step_seconds']:.2g} s."
+        )
+    return " ".join(parts)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -242,14 +313,28 @@ def main() -> None:
     arguments = parser.parse_args()
     if "cuda" in arguments.device and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; use --device cpu.")
+    from step_share import step_shares  # needs all that a training needs; the rest needs torch alone
+
     start = time.perf_counter()
     rows = measure(arguments.device, arguments.threads, arguments.quick)
     torch.set_num_threads(arguments.threads[-1])
+    ready = [] if arguments.quick else readiness()
     shares = step_shares(arguments.quick)
-    path = reports.write_report("benchmark", rows, [SEED], arguments.output, training_step=shares)
+    summary = summarise(rows)
+    path = reports.write_report(
+        "benchmark",
+        rows,
+        [SEED],
+        arguments.output,
+        title="Projector, masks and reconstruction beside their peers",
+        remarks=remarks(rows, ready, shares),
+        summary=summary,
+        ready=ready,
+        training_step=shares,
+    )
     draw(rows, path.with_suffix(".png"))
-    print(reports.table(rows))
-    print(reports.table(shares))
+    for part in (summary, ready, shares):
+        print(reports.table(part) + "\n" if part else "", end="")
     print(f"{time.perf_counter() - start:.0f} s; written to {path} (.md, .png)")
 
 

@@ -7,6 +7,7 @@ does both. Drawing sample by sample and concatenating gives the same augmentatio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from allpet import symmetry
 from allpet.geometry import ParallelBeam
-from allpet.masks import CellTable, cells_in_view, draw_cells, image_mask
+from allpet.masks import PADDING, CellTable, cells_in_view, draw_sizes, image_mask
 from allpet.projector import Radon
 from allpet.reconstruction import fbp
 
@@ -26,7 +27,7 @@ class MaskedStack(NamedTuple):
         stack: positive, full and negative sinogram, ``(batch, 3, views, bins)``, float32, in the sinogram's units;
             positive + negative == full.
         mask: projection of the mask in [0, 1], ``(batch, 1, views, bins)``, float32.
-        cells: the drawn cells, ``(batch, cells)``, int64, padded with -1.
+        cells: the drawn cells, ``(batch, cells)``, int64, padded with -1; several grids are numbered on and on.
     """
 
     stack: Tensor
@@ -46,8 +47,10 @@ class RadonMaskAugmentation(nn.Module):
 
     Args:
         radon: the projector; its geometry is that of the sinograms.
-        grid: cells per side.
-        n_cells: fewest and most cells of a mask.
+        grid: cells per side; several, such as [4, 8, 16], for masks of several sizes: each mask draws its grid.
+        n_cells: fewest and most cells of a mask; every number is equally likely.
+        curriculum_epochs: training begins with the fewest cells, and the most that may be drawn grows evenly until
+            it is reached in this epoch (0: from the beginning). Evaluation always draws from the whole range.
         mask: ``soft`` (share of each ray's path that lies in the mask) or ``binary`` (1 where a ray meets the mask).
         domain: where the mask is applied.
 
@@ -58,23 +61,42 @@ class RadonMaskAugmentation(nn.Module):
     def __init__(
         self,
         radon: Radon,
-        grid: int = 8,
+        grid: int | Sequence[int] = 8,
         n_cells: tuple[int, int] = (1, 4),
         mask: Literal["soft", "binary"] = "soft",
         domain: Literal["sinogram", "image"] = "sinogram",
+        curriculum_epochs: int = 0,
     ) -> None:
         super().__init__()
         if domain not in ("sinogram", "image"):
             raise ValueError(f"domain is {domain!r}, but must be 'sinogram' or 'image'.")
-        self.radon, self.grid, self.domain = radon, grid, domain
+        if curriculum_epochs < 0:
+            raise ValueError(f"curriculum_epochs is {curriculum_epochs}, but must not be negative.")
+        self.grids = (grid,) if isinstance(grid, int) else tuple(grid)
+        if not self.grids:
+            raise ValueError("grid is empty, but must name at least one number of cells per side.")
+        self.radon, self.domain, self.curriculum_epochs = radon, domain, curriculum_epochs
         self.n_cells = (int(n_cells[0]), int(n_cells[1]))
-        self.table = CellTable(radon.geometry, grid, mask)
-        self._allowed = cells_in_view(radon.geometry, grid)
-        draw_cells(0, grid, self.n_cells, torch.Generator(), self._allowed)  # raises on a range that does not fit
+        self.table = CellTable(radon.geometry, self.grids, mask)
+        self._allowed = [cells_in_view(radon.geometry, one) for one in self.grids]
+        self.draw(0, torch.Generator())  # raises on a range that does not fit
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Draw cells for a batch, ``(batch, n_cells[1])`` int64 padded with -1, on the generator's device."""
-        return draw_cells(batch_size, self.grid, self.n_cells, generator, self._allowed)
+    def draw(self, batch_size: int, generator: torch.Generator, epoch: int | None = None) -> Tensor:
+        """Draw cells for a batch.
+
+        Args:
+            batch_size: number of masks.
+            generator: source of the draw.
+            epoch: of the training, which the curriculum follows; None in evaluation.
+
+        Returns:
+            ``(batch, n_cells[1])`` int64 padded with -1, on the generator's device.
+        """
+        low, high = self.n_cells
+        if epoch is not None and epoch < self.curriculum_epochs:
+            high = low + (high - low) * epoch // self.curriculum_epochs
+        cells = draw_sizes(batch_size, self.grids, (low, high), generator, self._allowed)
+        return nn.functional.pad(cells, (0, self.n_cells[1] - high), value=PADDING)
 
     def apply(self, sinogram: Tensor, cells: Tensor | None = None) -> MaskedStack:  # type: ignore[override]
         """Mask sinograms with the drawn cells, on the sinogram's device.
@@ -109,7 +131,7 @@ class RadonMaskAugmentation(nn.Module):
             positive = sinogram - negative
         else:
             image = fbp(self.radon, sinogram, window="ramp")  # a window would leave edges to the negative
-            positive = self.radon.project(image_mask(cells, geometry, self.grid) * image)
+            positive = self.radon.project(image_mask(cells, geometry, self.grids) * image)
             negative = sinogram - positive
         return MaskedStack(torch.cat([positive, sinogram, negative], dim=1), mask, cells)
 

@@ -90,8 +90,11 @@ def weights_source(kernel: str) -> str:
         ) from None
 
 
-def build(geometry: ParallelBeam, kernel: str) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Build the matrix of the stored rays and its transpose, mm, float32 with int32 indices.
+def build(geometry: ParallelBeam, kernel: str) -> sparse.csr_matrix:
+    """Build the matrix of the stored rays, mm, float32 with int32 indices.
+
+    Returns:
+        Stored rays x pixels, both numbered as ``ray_table`` and ``pixel_table`` say.
 
     Raises:
         ValueError: if the matrix has more weights than int32 indices can count.
@@ -114,9 +117,12 @@ def build(geometry: ParallelBeam, kernel: str) -> tuple[sparse.csr_matrix, spars
         total += block.nnz
         if total >= 2**31:
             raise ValueError(f"{geometry} needs more weights than int32 can count; use fewer views, bins or pixels.")
-    matrix = sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
-    del blocks
-    return matrix, matrix.T.tocsr()
+    # What scipy's vstack does, at half its time and memory.
+    starts = np.cumsum([0, *(block.nnz for block in blocks[:-1])])
+    parts = [block.indptr[1:] + start for block, start in zip(blocks, starts.tolist(), strict=True)]
+    arrays = ([b.data for b in blocks], [b.indices for b in blocks], [np.zeros(1, dtype=np.int32), *parts])
+    data, indices, row_starts = (np.concatenate(pieces) for pieces in arrays)
+    return sparse.csr_matrix((data, indices, row_starts), shape=(len(row_starts) - 1, pixels.size))
 
 
 def _stored_views_bins(geometry: ParallelBeam, kernel: str) -> tuple[int, Indices]:
@@ -153,7 +159,8 @@ def _astra_weights(geometry: ParallelBeam, kernel: str, views: Indices, bins: In
     finally:
         astra.matrix.delete(handle)
         astra.projector.delete(projector)
-    return _single(matrix * geometry.pixel_mm)
+    matrix.data *= geometry.pixel_mm
+    return _single(matrix)
 
 
 def _joseph_weights(geometry: ParallelBeam, kernel: str, views: Indices, bins: Indices) -> sparse.csr_matrix:
@@ -187,7 +194,8 @@ def _joseph_weights(geometry: ParallelBeam, kernel: str, views: Indices, bins: I
 
 def _single(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
     """In single precision, with int32 indices, without explicit zeros (nearly a third of "strip")."""
-    arrays = (matrix.data.astype(np.float32), matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32))
+    integers = (array.astype(np.int32, copy=False) for array in (matrix.indices, matrix.indptr))
+    arrays = (matrix.data.astype(np.float32), *integers)
     matrix = sparse.csr_matrix(arrays, shape=matrix.shape)
     matrix.eliminate_zeros()
     return matrix
