@@ -8,6 +8,7 @@ rank, worker or batch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,10 +30,11 @@ from allpet.projector import Radon
 from allpet.prompts import REGIONS, TRUNK_REGIONS, Prompt
 from allpet.randomness import keyed_generator
 from data_modules.loading import KeyedBatches, ResumableLoader, as_it_is, collate
+from data_modules.slice_cache import StoredArray
 
 
 class SinogramSet(Dataset[SinogramBatch]):
-    """Slices of a data set, held in memory.
+    """Slices of a data set, held in memory or read from a cache when asked for.
 
     ``set[i]`` is a batch of one slice and ``set[[i, j, ...]]`` a batch of several; ``collate`` joins batches.
 
@@ -45,7 +47,12 @@ class SinogramSet(Dataset[SinogramBatch]):
     """
 
     def __init__(
-        self, sinogram: Tensor, expected: Tensor | None, prompt: Prompt, sample_id: Tensor, patient_id: Tensor
+        self,
+        sinogram: Tensor | StoredArray,
+        expected: Tensor | StoredArray | None,
+        prompt: Prompt,
+        sample_id: Tensor,
+        patient_id: Tensor,
     ) -> None:
         self.sinogram, self.expected, self.prompt = sinogram, expected, prompt
         self.sample_id, self.patient_id = sample_id, patient_id
@@ -117,8 +124,8 @@ class SinogramDataModule(LightningDataModule, ABC):
         num_workers: loader processes; the slices are in memory, so 0 is fastest unless they are very large.
         num_scans: number of training slices (few-shot); None for all. Whole patients in a fixed order, the last cut.
         seed: keys the order of training slices and their draws; it does not change the data or their split.
-        augmentation: makes the mask augmentation (``draw(n, generator)``, ``apply(sinogram, cells)``) from the
-            projector; None for no stack.
+        augmentation: makes the mask augmentation (``draw(n, generator, epoch)``, ``apply(sinogram, cells)``) from
+            the projector; None for no stack.
         symmetry: makes the symmetry augmentation (``draw(n, generator)``, ``apply(sinogram, parameters)``) from the
             geometry; None for none.
         trunk_probability: how often a chest, abdomen or pelvis slice is prompted as trunk in training.
@@ -270,7 +277,7 @@ class SinogramDataModule(LightningDataModule, ABC):
                 symmetry=drawn.label().to(device),
             )
         if self.augmentation is not None:
-            cells = torch.cat([self.augmentation.draw(1, generator) for generator in generators("mask")])
+            cells = torch.cat([self.augmentation.draw(1, generator, epoch) for generator in generators("mask")])
             batch = batch._replace(stack=self.augmentation.apply(batch.sinogram, cells))
         return batch
 
@@ -299,7 +306,7 @@ class SinogramDataModule(LightningDataModule, ABC):
         return self._loaded
 
 
-def fixed_scale(sinogram: Tensor) -> float:
+def fixed_scale(sinogram: Tensor | StoredArray) -> float:
     """Return the 99.9th percentile of all bins, rounded to three digits; the largest value where that is zero.
 
     A high percentile, because the maximum of a noisy set grows with the number of slices. Rounded, because the last
@@ -311,6 +318,8 @@ def fixed_scale(sinogram: Tensor) -> float:
     Raises:
         ValueError: if no bin is positive.
     """
+    if isinstance(sinogram, StoredArray):  # whole slices, for that is how they are read
+        sinogram = sinogram[torch.arange(0, len(sinogram), 1 + math.prod(sinogram.shape) // 2**24)]
     values = sinogram.flatten()[:: 1 + sinogram.numel() // 2**24].numpy()
     scale = float(np.quantile(values, 0.999))
     scale = scale if scale > 0 else float(sinogram.max())

@@ -6,15 +6,13 @@ import functools
 import hashlib
 import json
 import math
-import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,8 +22,9 @@ from allpet.geometry import ParallelBeam
 from allpet.projector import Radon
 from allpet.prompts import OPEN, TRUNK_REGIONS, Prompt
 from allpet.randomness import keyed_generator
-from allpet.simulation import acquire, patient_slices, tracer_table
+from allpet.simulation import acquire, brain, patient_slices, tracer_table
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
+from data_modules.slice_cache import Arrays, SliceCache, StoredArray, one_thread
 
 PAPER_PROMPTS = ("FDG:brain", "FDG:trunk", "FDG:chest", "FDG:abdomen", "DOPA:brain", "PSMA:chest", "PSMA:abdomen")
 """The seven pairs of the paper's figure 2."""
@@ -52,7 +51,9 @@ class SimulatedPET(SinogramDataModule):
         target: whether ``sinogram``, which is trained on, is the ``noisy`` or the ``expected`` one.
         dose: share of the normal dose.
         population: another number gives other patients throughout.
-        cache: folder that keeps what was simulated; None to simulate anew each time.
+        cache: folder that keeps what was simulated; None to simulate anew each time, in memory.
+        workers: processes that simulate; None for one per core where that pays.
+        memory_gb: most memory for the slices of a split; more are read from the cache when they are needed.
         batch_size: see ``SinogramDataModule``, as all that follows.
         num_workers: loader processes.
         seed: keys order and draws, not the patients.
@@ -76,6 +77,8 @@ class SimulatedPET(SinogramDataModule):
         dose: float = 1.0,
         population: int = 0,
         cache: str | None = "outputs/cache",
+        workers: int | None = None,
+        memory_gb: float = 2.0,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -103,43 +106,42 @@ class SimulatedPET(SinogramDataModule):
             "test": test_patients,
         }
         self.dose, self.population, self.cache = dose, population, cache
+        self.workers, self.memory_gb = workers, memory_gb
 
     def prepare_data(self) -> None:
         """Fill the cache, on one process only."""
         if self.cache is not None:
             for split in self.patients:
-                self._slices(split)
+                self._stored(split)
 
     def load(self) -> LoadedData:
         """Simulate, or read from the cache."""
         train, val, test = (self._set(split) for split in self.patients)
-        chosen = train.subset(range(self.num_scans or len(train)))
         identity = {**self._recipe(), "num_scans": self.num_scans, "patients": self.patients, "target": self.target}
-        notes = {"target": self.target, "dose": self.dose, "train_patients": chosen.patient_id.unique().tolist()}
-        return LoadedData(self.geometry, chosen, val, test, _digest(identity), notes=notes)
+        patients = train.patient_id.unique().tolist()
+        notes = {"target": self.target, "dose": self.dose, "train_patients": patients}
+        return LoadedData(self.geometry, train, val, test, digest(identity), notes=notes)
 
     def _set(self, split: str) -> SinogramSet:
-        slices = self._slices(split)
-        expected, noisy = (torch.from_numpy(slices[name]) for name in ("expected", "noisy"))
-        patient_id = self._numbers(split).repeat_interleave(self.slices_per_patient)
-        index = torch.arange(len(patient_id)) % self.slices_per_patient
-        names = [self.prompts[i // self.slices_per_patient % len(self.prompts)] for i in range(len(patient_id))]
+        n_slices = self.patients[split] * self.slices_per_patient
+        if split == "train":
+            n_slices = self.num_scans or n_slices
+        arrays = self._arrays(split, n_slices)
+        row = torch.arange(n_slices)
+        patient = row // self.slices_per_patient
+        patient_id = first_number(split, self.population) + patient
         return SinogramSet(
-            noisy if self.target == "noisy" else expected,
-            expected,
-            Prompt.of(names),
-            patient_id * self.slices_per_patient + index,
+            arrays[self.target],
+            arrays["expected"],
+            Prompt.of([self.prompts[i % len(self.prompts)] for i in patient.tolist()]),
+            patient_id * self.slices_per_patient + row % self.slices_per_patient,
             patient_id,
         )
-
-    def _numbers(self, split: str) -> torch.Tensor:
-        """Number the patients of a split, ``(patients,)`` int64."""
-        return self.population * _POPULATION + _FIRST_PATIENT[split] + torch.arange(self.patients[split])
 
     def _recipe(self) -> dict[str, Any]:
         """Return all that decides how each slice looks."""
         return {
-            "simulator": _simulator_digest(),
+            "simulator": simulator_digest(),
             "geometry": self.geometry.to_dict(),
             "prompts": self.prompts,
             "slices_per_patient": self.slices_per_patient,
@@ -147,43 +149,57 @@ class SimulatedPET(SinogramDataModule):
             "population": self.population,
         }
 
-    def _slices(self, split: str) -> dict[str, np.ndarray]:
-        """Return ``expected`` and ``noisy``, each ``(slices, views, bins)`` float32, from the cache as far as it goes.
+    def _arrays(self, split: str, n_slices: int) -> Mapping[str, torch.Tensor | StoredArray]:
+        """Return ``expected`` and ``noisy``, each ``(slices, views, bins)`` float32."""
+        n_patients = self.patients[split]
+        if self.cache is None:
+            return in_memory(self._simulation(split), n_patients, n_slices, f"{split} patients")
+        stored = self._stored(split)
+        return from_cache(stored, ("expected", "noisy"), n_patients, n_slices, self.memory_gb)
+
+    def _stored(self, split: str) -> SliceCache:
+        """Return a split's cache, filled.
 
         What is cached does not depend on the number of patients, so a larger set continues a smaller one.
         """
-        n_slices = self.patients[split] * self.slices_per_patient
-        path = Path(self.cache, f"simulated-{_digest(self._recipe())}-{split}.npz") if self.cache is not None else None
-        shape = (0, *self.geometry.sinogram_shape)
-        slices = {name: np.empty(shape, np.float32) for name in ("expected", "noisy")}
-        if path is not None and path.exists():
-            try:
-                with np.load(path, allow_pickle=False) as stored:
-                    slices = {name: stored[name] for name in slices}
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                rank_zero_warn(f"{path} cannot be read ({error}); its slices are simulated anew.")
-        cached = len(slices["expected"]) // self.slices_per_patient
-        if cached < self.patients[split]:
-            radon = Radon(self.geometry)
-            numbers = self._numbers(split).tolist()
-            made = [
-                self._patient(radon, numbers[i], self.prompts[i % len(self.prompts)])
-                for i in tqdm(range(cached, len(numbers)), desc=f"Simulating {split} patients", unit="patient")
-            ]
-            slices = {name: np.concatenate([slices[name], *(new[name] for new in made)]) for name in slices}
-            if path is not None:
-                _save(path, slices)
-        return {name: array[:n_slices] for name, array in slices.items()}
+        recipe, simulation = self._recipe(), self._simulation(split)
+        folder = Path(self.cache or ".", f"simulated-{digest(recipe)}-{split}")
+        what = f"{split} patients"
+        cache = SliceCache(folder, simulation, self.slices_per_patient, recipe, (), what, simulation.warm_up)
+        cache.fill(self.patients[split], self.workers)
+        return cache
 
-    def _patient(self, radon: Radon, number: int, prompt: str) -> dict[str, np.ndarray]:
-        """Simulate and scan one patient."""
+    def _simulation(self, split: str) -> Simulation:
+        first = first_number(split, self.population)
+        return Simulation(Radon(self.geometry), first, tuple(self.prompts), self.slices_per_patient, self.dose)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Simulates and scans the patients of a split.
+
+    Attributes:
+        radon: the projector.
+        first: number of the first patient.
+        prompts: take turns.
+        slices_per_patient: slices of each.
+        dose: share of the normal dose.
+    """
+
+    radon: Radon
+    first: int
+    prompts: tuple[str, ...]
+    slices_per_patient: int
+    dose: float
+
+    def __call__(self, index: int) -> Arrays:
+        """Return ``expected`` and ``noisy`` of a patient, ``(slices_per_patient, views, bins)`` float32."""
+        number, prompt = self.first + index, self.prompts[index % len(self.prompts)]
         tracer, region = prompt.split(":")
-        if region == "trunk":
-            part = torch.randint(len(TRUNK_REGIONS), (), generator=keyed_generator(number, "part of the trunk"))
-            region = TRUNK_REGIONS[part]
-        body = patient_slices(number, region, tracer, self.slices_per_patient, self.geometry)
+        region = shown_region(number, region)
+        body = patient_slices(number, region, tracer, self.slices_per_patient, self.radon.geometry)
         scan = acquire(
-            radon,
+            self.radon,
             body.activity,
             body.attenuation,
             region,
@@ -193,30 +209,70 @@ class SimulatedPET(SinogramDataModule):
         )
         return {"expected": scan.expected.squeeze(1).numpy(), "noisy": scan.corrected.squeeze(1).numpy()}
 
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file that is whole or not there, also when two processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    def warm_up(self) -> None:
+        """Load what processes share."""
+        warm_up(self.radon)
 
 
-def _digest(identity: dict[str, Any]) -> str:
+def warm_up(radon: Radon) -> None:
+    """Load a projector's matrix and the average brain, which processes started after it share."""
+    brain.template()
+    radon.project(torch.zeros(1, 1, *radon.geometry.image_shape))
+
+
+def first_number(split: str, population: int) -> int:
+    """Return the number of the first patient of a split; no number is in two splits."""
+    return population * _POPULATION + _FIRST_PATIENT[split]
+
+
+def shown_region(number: int, region: str) -> str:
+    """Return the region that a patient shows: one prompted as trunk shows a part of it."""
+    if region != "trunk":
+        return region
+    part = torch.randint(len(TRUNK_REGIONS), (), generator=keyed_generator(number, "part of the trunk"))
+    return TRUNK_REGIONS[part]
+
+
+def in_memory(
+    make: Callable[[int], Arrays], n_patients: int, n_slices: int, what: str
+) -> dict[str, torch.Tensor | StoredArray]:
+    """Make patients and return the first slices of each array."""
+    with one_thread():
+        made = [make(i) for i in tqdm(range(n_patients), desc=f"Simulating {what}", unit="patient")]
+    if not made:
+        made = [{name: array[:0] for name, array in make(0).items()}]
+    return {name: torch.from_numpy(np.concatenate([new[name] for new in made])[:n_slices]) for name in made[0]}
+
+
+def from_cache(
+    cache: SliceCache, names: Sequence[str], n_patients: int, n_slices: int, memory_gb: float
+) -> dict[str, torch.Tensor | StoredArray]:
+    """Return the first slices of each array: in memory if all together fit, else read when asked for."""
+    if not n_patients:
+        nothing = {name: array[:0] for name, array in cache.make(0).items()}
+        return {name: torch.from_numpy(nothing[name]) for name in names}
+    arrays = {name: StoredArray(cache, name, n_slices) for name in names}
+    if sum(array.nbytes for array in arrays.values()) > memory_gb * 1e9:
+        return dict(arrays)
+    return {name: array[torch.arange(n_slices)] for name, array in arrays.items()}
+
+
+def digest(identity: dict[str, Any]) -> str:
+    """Return a short name for what JSON can hold."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @functools.cache
-def _simulator_digest() -> str:
-    """Identify the simulator by its source and tables: whoever changes it changes the data."""
+def simulator_digest(pairs: bool = False) -> str:
+    """Identify the simulator by its source and tables: whoever changes it changes the data.
+
+    Args:
+        pairs: whether the paired tasks count; single slices do not depend on them.
+    """
     folder = Path(allpet.simulation.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".py", ".txt", ".npz"):
+        if path.suffix in (".py", ".txt", ".npz") and (pairs or path.name != "tasks.py"):
             content = path.read_bytes()
             digest.update(content if path.suffix == ".npz" else content.replace(b"\r\n", b"\n"))
     return digest.hexdigest()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from allpet import metrics
+from allpet import ParallelBeam, Radon, metrics
+from allpet.consistency import row_sum_variation
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -128,6 +129,124 @@ def test_power_spectrum_of_white_noise_and_of_a_wave() -> None:
     frequency, power = metrics.radial_power_spectrum(wave, pixel_mm=2.0)
     assert frequency[power[0].argmax()].item() == pytest.approx(1 / 16)
     assert power[0].max() > 0.999 * power[0].sum()
+
+
+def test_masks_and_peaks_of_psnr_and_relative_l2() -> None:
+    reference = torch.zeros(2, 1, 20, 20)
+    reference[..., 5:15, 5:15] = 2.0
+    prediction = reference.clone()
+    prediction[..., 5:15, 5:15] += 0.1
+    body = reference > 0
+    # A quarter of the pixels is body: the mean over all is 6 dB kinder.
+    torch.testing.assert_close(metrics.psnr(prediction, reference, body), torch.full((2,), 20 * math.log10(20.0)))
+    difference = metrics.psnr(prediction, reference) - metrics.psnr(prediction, reference, body)
+    torch.testing.assert_close(difference, torch.full((2,), 10 * math.log10(4.0)))
+    louder = metrics.psnr(prediction, reference, body, peak=torch.tensor([2.0, 20.0]))
+    assert (louder[1] - louder[0]).item() == pytest.approx(20.0, abs=1e-4)
+    outside = prediction + (~body) * 5.0
+    torch.testing.assert_close(metrics.relative_l2(outside, reference, body), torch.full((2,), 0.05))
+    assert (metrics.relative_l2(outside, reference) > 1).all()
+
+
+def test_suv_bias_of_regions() -> None:
+    reference = random(3, 1, 16, 16) + 1
+    region = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    region[:2, :, 4:8, 4:8] = True  # the third slice does not show it
+    prediction = torch.where(region, 1.1 * reference, 7.0)
+    for statistic in ("mean", "max"):
+        bias = metrics.suv_bias(prediction, reference, region, statistic)
+        torch.testing.assert_close(bias[:2], torch.full((2,), 0.1), rtol=1e-4, atol=0)
+        assert bias[2].isnan()
+    spot = reference.clone()
+    spot[0, 0, 5, 5] = 2 * reference[0][region[0]].max()
+    assert metrics.suv_bias(spot, reference, region, "max")[0].item() == pytest.approx(1.0, rel=1e-4)
+    assert metrics.suv_bias(spot, reference, region)[0] < 0.2
+    with pytest.raises(ValueError, match="'mean' or 'max'"):
+        metrics.suv_bias(spot, reference, region, "median")
+
+
+def test_noise_and_contrast_of_known_images() -> None:
+    noise = 5 + torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    everywhere = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    torch.testing.assert_close(
+        metrics.coefficient_of_variation(noise, everywhere), noise.flatten(1).std(1) / noise.flatten(1).mean(1)
+    )
+    image = torch.full((1, 1, 20, 20), 2.0)
+    hot, cold = (torch.zeros(1, 1, 20, 20, dtype=torch.bool) for _ in range(2))
+    hot[..., 2:6, 2:6] = cold[..., 10:14, 10:14] = True
+    image[hot], image[cold] = 5.0, 0.5
+    background = ~(hot | cold)
+    # 5 where 8 would be true is half of the contrast of 4:1; 0.5 where 0 would be true is three quarters of all.
+    assert metrics.contrast_recovery(image, hot, background, 4.0).item() == pytest.approx(0.5)
+    assert metrics.contrast_recovery(image, cold, background, 0.0).item() == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="nothing to recover"):
+        metrics.contrast_recovery(image, hot, background, 1.0)
+
+
+def test_background_variability_falls_with_the_regions_size() -> None:
+    noise = 10 + torch.randn(4, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+
+    def tiles(size: int) -> torch.Tensor:
+        regions = torch.zeros((96 // size) ** 2, 96, 96, dtype=torch.bool)
+        for i in range(96 // size):
+            for j in range(96 // size):
+                regions[i * (96 // size) + j, size * i : size * (i + 1), size * j : size * (j + 1)] = True
+        return regions
+
+    for size in (4, 8):  # the mean of n pixels of white noise has sd 1 / sqrt(n)
+        expected = torch.full((4,), 1 / size / 10)
+        torch.testing.assert_close(metrics.background_variability(noise, tiles(size)), expected, rtol=0.2, atol=0)
+    with pytest.raises(ValueError, match="at least 2 regions; got 1"):
+        metrics.background_variability(noise, tiles(96))
+
+
+def test_bias_and_spread_over_realisations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.full((1, 1, 8, 8), 4.0)
+    region = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    region[..., 2:6, 2:6] = True
+    noise = torch.randn(4000, 1, 8, 8, generator=generator)
+    bias, spread = metrics.bias_and_spread(0.9 * truth + noise, truth, region)
+    assert bias.item() == pytest.approx(-0.1, abs=0.005)
+    assert spread.item() == pytest.approx(1 / 4 / 4, rel=0.05)  # of the mean of 16 pixels, over 4
+    with pytest.raises(ValueError, match="at least 2 realisations"):
+        metrics.bias_and_spread(truth, truth, region)
+
+
+def test_moments_of_sinograms_and_of_attenuated_ones() -> None:
+    geometry = ParallelBeam(n_views=48, n_bins=64, bin_mm=4.0, image_size=64, pixel_mm=4.0)
+    radon = Radon(geometry, kernel="strip")
+    x, y = geometry.pixel_centers
+    image = (torch.hypot(x - 30, y + 20) < 40).float() + 2 * (torch.hypot(x + 50, y - 30) < 15).float()
+    sinogram = radon.project(image[None, None])
+    residuals = metrics.moment_residuals(sinogram, geometry)
+    assert residuals.shape == (1, 4)
+    assert residuals.max() < 3e-3
+    body = 0.0096 * ((x / 110) ** 2 + (y / 60) ** 2 < 1).float()
+    attenuated = sinogram * torch.exp(-radon.project(body[None, None]))
+    assert (metrics.moment_residuals(attenuated, geometry) > 0.02).all()
+    # One is relative to the root mean square of the views' sums, the other to their mean.
+    variation = row_sum_variation(attenuated)
+    expected = variation / (1 + variation.square()).sqrt()
+    torch.testing.assert_close(metrics.moment_residuals(attenuated, geometry)[:, 0], expected, rtol=1e-4, atol=0)
+    # Order 0 knows nothing of where activity lies, order 1 does.
+    shifted = torch.cat([sinogram[..., :24, :], sinogram[..., 24:, :].roll(3, -1)], dim=2)
+    first, second = metrics.moment_residuals(shifted, geometry)[0, :2]
+    assert first < 1e-3
+    assert second > 0.02
+
+
+def test_the_standard_image_is_the_activity_up_to_blur() -> None:
+    geometry = ParallelBeam(n_views=45, n_bins=48, bin_mm=5.0, image_size=48, pixel_mm=5.0)
+    radon = Radon(geometry)
+    x, y = geometry.pixel_centers
+    image = 3 * ((x / 90) ** 2 + (y / 70) ** 2 < 1).float()[None, None]
+    sharp, soft = (metrics.standard_image(radon, radon.project(image), mm) for mm in (4.0, 20.0))
+    inner = ((x / 70) ** 2 + (y / 50) ** 2 < 1)[None, None]
+    assert metrics.relative_l2(sharp, image, inner) < 0.1
+    for result in (sharp, soft):
+        torch.testing.assert_close(result.sum(), image.sum(), rtol=0.02, atol=0)
+    assert soft.diff(dim=-1).abs().max() < 0.7 * sharp.diff(dim=-1).abs().max()
 
 
 def test_bad_input_is_named() -> None:
