@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_modules.folder import FoundFile
+from allpet.io import content_hash
+from data_modules.folder import FoundFile, patients_of, splits_of
 
 ALL = "(all)"
 
@@ -75,10 +76,10 @@ def check_slices(kind: str, files: list[FoundFile]) -> list[Row]:
     if empty:
         level = "ERROR" if len(empty) > 0.05 * n else "WARN"
         rows += rows_for(level, list(dict.fromkeys(empty)), f"{len(empty)} of all {n} slices are empty", "remove them")
-    seen: dict[bytes, int] = {}
+    seen: dict[str, int] = {}
     pairs = []
     for i in np.flatnonzero(low < top).tolist():
-        first = seen.setdefault(hashlib.blake2b(flat[i].tobytes(), digest_size=16).digest(), i)
+        first = seen.setdefault(content_hash(values[i]), i)
         if first != i:
             pairs.append(f"{owner[first]} = {owner[i]}")
     if pairs:
@@ -95,6 +96,63 @@ def check_slices(kind: str, files: list[FoundFile]) -> list[Row]:
     negative = float((values < 0).mean())
     rows.append(Row("INFO", ALL, f"{n} slice(s) of {by(values.shape[1:])} in {len(files)} file(s)"))
     rows.append(Row("INFO", ALL, f"values from {low.min():.4g} to {top.max():.4g}, {negative:.1%} negative"))
+    return rows
+
+
+def check_tables(files: list[FoundFile]) -> list[Row]:
+    """Look at what files say of themselves: prompts below zero, tracers and regions nobody knows."""
+    rows: list[Row] = []
+    if all(found.scan is None for found in files):
+        return rows
+    from allpet.prompts import REGIONS, TRACERS, prompt_index  # brings torch, which bare arrays need not wait for
+
+    for found in files:
+        if found.scan is None:
+            continue
+        if "prompts" in found.scan.state and (low := float(found.slices.min())) < 0:
+            finding = f"it holds {low:.4g} where its state is prompts, which are counts"
+            rows.append(Row("ERROR", found.name, finding, "correct the state, or store counts before subtraction"))
+        for name, vocabulary in (("tracer", TRACERS), ("region", REGIONS)):
+            for entry in sorted(set(found.column(name))):
+                try:
+                    prompt_index(entry, vocabulary, name)
+                except ValueError as error:
+                    finding, _, remedy = str(error).rstrip(".").partition("; ")
+                    rows.append(Row("ERROR", found.name, finding[0].lower() + finding[1:], remedy))
+    tracers = Counter(entry for found in files for entry in found.column("tracer"))
+    if tracers:
+        rows.append(Row("INFO", ALL, ", ".join(f"{n} slice(s) of {name}" for name, n in tracers.most_common())))
+    return rows
+
+
+def check_leakage(files: list[FoundFile], pattern: str | None = None) -> list[Row]:
+    """Look for patients and slices in two splits, where files or folders say what is trained and tested on."""
+    uses = splits_of(files)
+    if not any(uses):
+        return []
+    rows = []
+    try:
+        patients = patients_of(files, pattern)
+    except ValueError:
+        return []  # the pattern is at fault, which is said elsewhere
+    whose: dict[str, set[str]] = {}
+    for name, use in zip(patients.names, uses, strict=True):
+        whose.setdefault(name, set()).add(use)
+    shared = sorted(name for name, found in whose.items() if len(found - {""}) > 1) if patients.known else []
+    if shared:
+        finding = f"{len(shared)} patient(s) in two splits, the first is {shared[0]}"
+        rows.append(Row("ERROR", ALL, finding, "keep all slices of a patient in one split"))
+    seen: dict[str, tuple[str, str]] = {}
+    pairs = []
+    owners = [found.name for found in files for _ in found.slices]
+    for one, use, owner in zip((one for found in files for one in found.slices), uses, owners, strict=True):
+        if use and one.min() < one.max():
+            first = seen.setdefault(content_hash(one), (use, owner))
+            if first[0] != use:
+                pairs.append(f"{first[1]} = {owner}")
+    if pairs:
+        finding = f"{len(pairs)} slice(s) in two splits ({', '.join(pairs[:3])})"
+        rows.append(Row("ERROR", ALL, finding, "remove the copies"))
     return rows
 
 

@@ -19,7 +19,7 @@ from allpet.projector import Radon
 from allpet.prompts import OPEN, Prompt
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
 from data_modules.few_shot import Split, nested_subset, split_blocks, split_patients
-from data_modules.folder import FoundFile, Patients, identify_patients
+from data_modules.folder import FoundFile, Patients, patients_of, splits_of
 from data_modules.validate import Kind, inspect_folder
 
 FIELD_OF_VIEW_MM = 500.0
@@ -27,7 +27,7 @@ FIELD_OF_VIEW_MM = 500.0
 
 
 class SinogramFiles(SinogramDataModule):
-    """Slices from a folder of .mat, .npy, .npz and .h5 files, held in memory.
+    """Slices from a folder of .mat, .npy, .npz, .h5 and .hs files, or from one file such as a native data set.
 
     The folder is checked before anything else happens (``data_modules.validate``); errors refuse it in one sentence,
     warnings are printed. Sinograms are never resampled: without a geometry the files' own views and bins are taken.
@@ -110,17 +110,21 @@ class SinogramFiles(SinogramDataModule):
         report.raise_errors()
         for row in report.warnings:
             _say(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
-        patients = identify_patients([f.name for f in files], [len(f.slices) for f in files], self.patient)
-        owner = [name for name, found in zip(patients.names, files, strict=True) for _ in found.slices]
-        split, by_patient, how = self._split(owner, patients)
+        patients = patients_of(files, self.patient)
+        owner = patients.names
+        split, by_patient, how = self._split(owner, patients, splits_of(files))
 
         values = torch.from_numpy(np.concatenate([found.slices for found in files]))
         reprojected = report.kind == "image"
         if reprojected:
-            geometry, pixel_mm, lengths = image_geometry(self.asked_image_geometry, values.shape[1:], self.pixel_mm)
+            geometry, pixel_mm, lengths = image_geometry(
+                self.asked_image_geometry, values.shape[1:], self.pixel_mm or report.pixel_mm
+            )
             values = project_images(values, pixel_mm, geometry)
         else:
             geometry, lengths = sinogram_geometry(self.asked_geometry, values.shape[1:], self.bin_mm)
+            if report.geometry is not None and self.asked_geometry is None and self.bin_mm is None:
+                geometry, lengths = report.geometry, f"bins of {report.geometry.bin_mm:g} mm as the files say"
         _say(
             f"{self.folder}: {len(values)} {report.kind}s (kind={self.kind}) of {len(files)} files, "
             f"{'projected to' if reprojected else 'with'} {geometry.n_views} views x {geometry.n_bins} bins, "
@@ -131,11 +135,12 @@ class SinogramFiles(SinogramDataModule):
         whole = SinogramSet(
             values,
             None,
-            Prompt(*(index.expand(len(values)) for index in self.prompt)),
+            self._prompts(files),
             torch.arange(len(values)),
             torch.tensor([names.index(name) for name in owner]),
         )
-        chosen = nested_subset([owner[i] for i in split.train], self.prompt.names() * len(split.train), self.num_scans)
+        prompts = whole.prompt.names()
+        chosen = nested_subset([owner[i] for i in split.train], [prompts[i] for i in split.train], self.num_scans)
         train = [split.train[i] for i in chosen]
         return LoadedData(
             geometry,
@@ -152,8 +157,26 @@ class SinogramFiles(SinogramDataModule):
             },
         )
 
-    def _split(self, owner: list[str], patients: Patients) -> tuple[Split, bool, str]:
-        """Split patient-wise if possible, otherwise into blocks; and say whether and how."""
+    def _prompts(self, files: list[FoundFile]) -> Prompt:
+        """Prompt of each slice: as said for all, else as the files' own tables say."""
+        asked = self.prompt.names()[0].split(":")
+        columns = []
+        for name, said in zip(("tracer", "region"), asked, strict=True):
+            entries = [entry for found in files for entry in found.column(name) or [OPEN] * len(found.slices)]
+            columns.append([said] * len(entries) if said != OPEN else entries)
+        return Prompt.of(list(zip(*columns, strict=True)))
+
+    def _split(self, owner: list[str], patients: Patients, uses: list[str]) -> tuple[Split, bool, str]:
+        """Split as the data say, otherwise patient-wise if possible, otherwise into blocks; and say whether and how."""
+        parts = {use: [i for i, one in enumerate(uses) if one == use] for use in ("train", "val", "test")}
+        if parts["train"] and parts["val"]:
+            return Split(parts["train"], parts["val"], parts["test"]), patients.known, "split as the data say"
+        if parts["train"] and parts["test"]:
+            train = parts["train"]
+            inner, by_patient, _ = self._split([owner[i] for i in train], patients, [""] * len(train))
+            val = [train[i] for i in inner.val]
+            chosen = [train[i] for i in sorted(inner.train + inner.test)]
+            return Split(chosen, val, parts["test"]), by_patient, "test as the data say, the rest split for validation"
         if patients.known and len(set(owner)) > 1:
             split = split_patients(owner, self.val_share, self.test_share)
             return split, True, f"{len(set(owner))} patients told apart {patients.how}, none in two splits"
@@ -168,7 +191,7 @@ class SinogramFiles(SinogramDataModule):
     def _digest(self, files: list[FoundFile], geometry: ParallelBeam, kind: str, split: Split) -> str:
         """Identify the data by what was read and what became of it; where the folder lies does not matter."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, slices in files:
+        for name, slices, _ in files:
             digest.update(f"{name}\x1f{slices.shape}\x1f".encode())
             digest.update(slices.astype("<f4", copy=False).tobytes())
         settings = [geometry.to_dict(), kind, self.full_turn, self.pixel_mm, self.prompt.names(), *split]

@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from allpet.io import ARRAY_SUFFIXES, read_array
+from allpet.io import SUFFIXES, Scan, read_scan
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "data_for_training"),
+    "val": ("val", "valid", "validation", "data_for_validation"),
+    "test": ("test", "testing", "data_for_test"),
+}
+"""Names of folders that say what their files are used for."""
 
 
 class FoundFile(NamedTuple):
@@ -19,38 +26,63 @@ class FoundFile(NamedTuple):
     Attributes:
         name: path relative to the folder, with forward slashes.
         slices: ``(slices, a, b)`` float32.
+        scan: what the file says of itself (its values are ``slices`` as stored); None if nothing.
     """
 
     name: str
     slices: np.ndarray
+    scan: Scan | None = None
+
+    def column(self, name: str) -> list[str]:
+        """Return a column of the file's table as texts, one per slice; empty if there is none."""
+        return [str(entry) for entry in self.scan.table.get(name, ())] if self.scan is not None else []
 
 
 def find_files(folder: str | Path) -> tuple[list[str], list[str]]:
-    """List the files below a folder by name, relative to it: those with arrays, and all others.
+    """List the files below a folder by name, relative to it: those that can be read, and all others.
 
-    Links to folders are not followed (they may form a loop); hidden files do not count.
+    Links to folders are not followed (they may form a loop); hidden files do not count, nor does what belongs to a
+    header. A file in place of the folder is the only one found.
     """
     arrays: list[str] = []
     others: list[str] = []
+    if Path(folder).is_file():
+        return [Path(folder).name], []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)
-                known = path.suffix.lower() in ARRAY_SUFFIXES
+                known = path.suffix.lower() in SUFFIXES
                 (arrays if known else others).append(path.relative_to(folder).as_posix())
-    return sorted(arrays), sorted(others)
+    read_along = {name.removesuffix(".hs") + end for name in arrays if name.endswith(".hs") for end in _ALONG}
+    arrays = [name for name in arrays if name not in read_along]
+    return sorted(arrays), sorted(name for name in others if name not in read_along)
+
+
+_ALONG = (".s", "_additive.hs", "_additive.s", "_acf.hs", "_acf.s")
 
 
 def read_files(
     folder: str | Path, names: list[str], key: str | None = None, slices: Literal["auto", "first", "last"] = "auto"
 ) -> Iterator[FoundFile | ValueError]:
     """Read files one after another; what cannot be read comes as the error that says why."""
+    place = Path(folder).parent if Path(folder).is_file() else Path(folder)
     for name in names:
         try:
-            yield FoundFile(name, read_array(Path(folder, name), key, slices))
+            scan = read_scan(place / name, key, slices)
+            yield FoundFile(name, scan.values, scan if scan.kind else None)
         except ValueError as error:
             yield error
+
+
+def split_of(name: str) -> tuple[str, str]:
+    """Return what a file is used for by its first folder (train, val, test, or empty), and the rest of its name."""
+    first, mark, rest = name.partition("/")
+    for split, names in SPLIT_FOLDERS.items():
+        if mark and first.lower() in names:
+            return split, rest
+    return "", name
 
 
 class Patients(NamedTuple):
@@ -104,3 +136,30 @@ def identify_patients(files: list[str], n_slices: list[int], pattern: str | None
     if all("_" in stem.strip("_") for stem in stems):
         return Patients([stem.rpartition("_")[0] for stem in stems], True, "by the names up to the last underscore")
     return Patients(["unknown"] * len(files), False, "")
+
+
+def patients_of(files: list[FoundFile], pattern: str | None = None) -> Patients:
+    """Tell whose each slice is: by the files' own tables where all have the column ``patient``, else by their names.
+
+    Returns:
+        Patients of slices, not of files: ``names`` has one entry per slice.
+
+    Raises:
+        ValueError: as ``identify_patients``.
+    """
+    if pattern is None and files and all(found.column("patient") for found in files):
+        names = [name for found in files for name in found.column("patient")]
+        known = set(names) != {"unknown"}
+        return Patients(names, known, "by the files' own tables" if known else "")
+    counts = [len(found.slices) for found in files]
+    patients = identify_patients([split_of(found.name)[1] for found in files], counts, pattern)
+    names = [name for name, n in zip(patients.names, counts, strict=True) for _ in range(n)]
+    return Patients(names, patients.known, patients.how)
+
+
+def splits_of(files: list[FoundFile]) -> list[str]:
+    """Return what each slice is used for (train, val, test), by the files' tables or first folders; empty if unsaid."""
+    uses = []
+    for found in files:
+        uses += found.column("split") or [split_of(found.name)[0]] * len(found.slices)
+    return uses

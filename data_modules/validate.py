@@ -3,29 +3,32 @@
 ERROR rows make a folder unusable, WARN rows say what will go wrong later, INFO rows say what was seen. From a
 terminal::
 
-    python -m data_modules.validate FOLDER [--kind auto|sinogram|image] [--key K]
+    allpet-data check FOLDER [--kind auto|sinogram|image] [--key K] [--json FILE] [--sheet FILE.png]
 
-exits with 1 if there are errors. Nothing is written.
+exits with 1 if there are errors. Nothing is written but what is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm.auto import tqdm
 
 from allpet.io import DataError
-from data_modules.checks import ALL, Row, by, check_slices, decide_kind, rows_for
-from data_modules.folder import FoundFile, find_files, identify_patients, read_files
+from allpet.io.atomic import replacing
+from data_modules.checks import ALL, Row, by, check_leakage, check_slices, check_tables, decide_kind, rows_for
+from data_modules.folder import FoundFile, find_files, patients_of, read_files
 
 if TYPE_CHECKING:  # checking a folder starts in half a second without torch
     from allpet.geometry import ParallelBeam
 
+_KNOWN = ".mat, .npy, .npz, .h5 or .hs"
 Kind = Literal["auto", "sinogram", "image"]
 
 
@@ -38,12 +41,16 @@ class Report:
         kind: ``sinogram`` or ``image``, as said or as decided.
         shape: ``(views, bins)`` or ``(rows, columns)`` of the slices; None if no file could be read.
         rows: the findings, errors first.
+        geometry: what the files say of their sinograms; None if nothing, or where they were folded.
+        pixel_mm: what the files say of their images; None if nothing.
     """
 
     folder: str
     kind: str = "sinogram"
     shape: tuple[int, int] | None = None
     rows: list[Row] = field(default_factory=list)
+    geometry: ParallelBeam | None = None
+    pixel_mm: float | None = None
 
     @property
     def errors(self) -> list[Row]:
@@ -67,6 +74,18 @@ class Report:
             remedies = list(dict.fromkeys(row.remedy for row in self.errors))
             remedy = remedies[0] if len(remedies) == 1 else "remove or repair these files"
             raise ValueError(f"{self.folder} cannot be used: {listed}; {remedy}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for machines, JSON-able."""
+        return {
+            "folder": self.folder,
+            "usable": not self.errors,
+            "kind": self.kind,
+            "shape": self.shape,
+            "geometry": None if self.geometry is None else self.geometry.to_dict(),
+            "pixel_mm": self.pixel_mm,
+            "rows": [row._asdict() for row in self.rows],
+        }
 
     def __str__(self) -> str:
         width = max((len(row.file) for row in self.rows), default=0)
@@ -117,13 +136,13 @@ def inspect_folder(
     """
     report = Report(str(folder))
     rows = report.rows
-    if not Path(folder).is_dir():
+    if not Path(folder).exists():
         rows.append(Row("ERROR", ALL, "there is no such folder", "check the path"))
         return report, []
     names, others = find_files(folder)
     if not names:
         beside = f" ({len(others)} files of other kinds)" if others else ""
-        rows.append(Row("ERROR", ALL, f"it holds no .mat, .npy, .npz or .h5 files{beside}", "check the path"))
+        rows.append(Row("ERROR", ALL, f"it holds no {_KNOWN} files{beside}", "check the path"))
         return report, []
     files: list[FoundFile] = []
     reading = read_files(folder, names, key, slices)
@@ -135,7 +154,13 @@ def inspect_folder(
         else:
             raise found
     if files:
-        report.kind, why = decide_kind(files) if kind == "auto" else (kind, "as said")
+        said = {found.scan.kind for found in files if found.scan is not None}
+        if kind != "auto":
+            report.kind, why = kind, "as said"
+        elif len(said) == 1 and all(found.scan is not None for found in files):
+            report.kind, why = said.pop(), "as the files say"
+        else:
+            report.kind, why = decide_kind(files)
         if full_turn and report.kind == "sinogram":
             files = _fold(files, rows)
         _check_shapes(report, files, geometry)
@@ -143,6 +168,9 @@ def inspect_folder(
         usual = [found for found in files if found.slices.shape[1:] == report.shape]
         rows += check_slices(report.kind, usual) if usual else []
         _check_patients(report, files, patient)
+        _check_lengths(report, files, geometry)
+        rows += check_tables(files)
+        rows += check_leakage(files, patient)
     if others:
         rows.append(Row("INFO", ALL, f"{len(others)} other file(s) are not looked at, the first is {others[0]}"))
     rows.sort(key=lambda row: (("ERROR", "WARN", "INFO").index(row.level), row.file))
@@ -152,13 +180,14 @@ def inspect_folder(
 def _fold(files: list[FoundFile], rows: list[Row]) -> list[FoundFile]:
     """Average opposite views: p(theta + pi, s) = p(theta, -s)."""
     folded = []
-    for name, slices in files:
+    for found in files:
+        slices = found.slices
         half = slices.shape[1] // 2
         if slices.shape[1] % 2:
             finding = f"{slices.shape[1]} views over 360 degrees, an odd number"
-            rows.append(Row("ERROR", name, finding, "store an even number of views, or 180 degrees"))
+            rows.append(Row("ERROR", found.name, finding, "store an even number of views, or 180 degrees"))
         else:
-            folded.append(FoundFile(name, (slices[:, :half] + slices[:, half:, ::-1]) / 2))
+            folded.append(found._replace(slices=(slices[:, :half] + slices[:, half:, ::-1]) / 2))
     return folded
 
 
@@ -178,16 +207,45 @@ def _check_shapes(report: Report, files: list[FoundFile], geometry: ParallelBeam
             remedy = "leave the geometry out (--data.geometry null) to take the files' own, or give one that fits"
             report.rows.append(Row("ERROR", ALL, finding, remedy))
     for shape in counts:
-        odd = [name for name, slices in files if slices.shape[1:] == shape != usual]
+        odd = [found.name for found in files if found.slices.shape[1:] == shape != usual]
         finding = f"slices of {by(shape)} where {n_usual} other file(s) have {by(usual)}"
         remedy = "remove them, or keep each shape in a folder of its own"
         report.rows += rows_for("ERROR", odd, finding, remedy)
 
 
+def _check_lengths(report: Report, files: list[FoundFile], asked: ParallelBeam | None) -> None:
+    """Find what the files say of their geometry, and whether they agree with each other and with what is asked for."""
+    said = [(found, found.scan) for found in files if found.scan is not None]
+    for name, values in (
+        ("geometry", [scan.geometry for _, scan in said]),
+        ("pixel_mm", [s.pixel_mm for _, s in said]),
+    ):
+        counts: Counter[Any] = Counter(value for value in values if value is not None)
+        if not counts:
+            continue
+        usual = counts.most_common(1)[0][0]
+        odd = [found.name for (found, _), value in zip(said, values, strict=True) if value not in (None, usual)]
+        what = "another geometry than" if name == "geometry" else "other pixels than"
+        remedy = "keep each geometry in a folder of its own"
+        report.rows += rows_for("ERROR", odd, f"{what} {counts[usual]} other file(s)", remedy)
+        if name == "pixel_mm":
+            report.pixel_mm = usual
+        elif report.kind == "sinogram" and usual.sinogram_shape == report.shape:
+            report.geometry = usual
+    if asked is not None and report.geometry is not None and asked.sinogram_shape == report.geometry.sinogram_shape:
+        ours, theirs = asked.bin_mm, report.geometry.bin_mm
+        if abs(ours - theirs) > 1e-3 * theirs:
+            finding = f"bins of {theirs:g} mm by the files where the geometry has {ours:g} mm"
+            remedy = "leave the geometry out (--data.geometry null) to take the files' own"
+            report.rows.append(Row("ERROR", ALL, finding, remedy))
+    for found, scan in said:
+        report.rows += [Row("WARN", found.name, note, "check that this is meant") for note in scan.notes]
+
+
 def _check_patients(report: Report, files: list[FoundFile], pattern: str | None) -> None:
     """Say how patients are told apart."""
     try:
-        patients = identify_patients([f.name for f in files], [len(f.slices) for f in files], pattern)
+        patients = patients_of(files, pattern)
     except ValueError as error:
         finding, _, remedy = str(error).rstrip(".").partition("; ")
         report.rows.append(Row("ERROR", ALL, finding, remedy))
@@ -200,19 +258,40 @@ def _check_patients(report: Report, files: list[FoundFile], pattern: str | None)
         report.rows.append(Row("WARN", ALL, finding, remedy))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Check a folder from the command line; return the exit code, 1 if there are errors."""
-    parser = argparse.ArgumentParser(prog="python -m data_modules.validate", description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="folder of .mat, .npy, .npz or .h5 files")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the check takes."""
+    parser.add_argument("folder", help=f"folder of {_KNOWN} files, or one file")
     parser.add_argument("--kind", choices=["auto", "sinogram", "image"], default="auto", help="what the slices are")
     parser.add_argument("--key", help="name of the array, where files hold several")
     parser.add_argument("--slices", choices=["auto", "first", "last"], default="auto", help="axis that counts slices")
     parser.add_argument("--full-turn", action="store_true", help="sinograms cover 360 degrees: fold them")
     parser.add_argument("--patient", help="pattern that finds the patient in a file's name")
-    given = parser.parse_args(arguments)
-    report = validate_folder(given.folder, given.kind, given.key, None, given.slices, given.full_turn, given.patient)
-    print(report)
+    parser.add_argument("--json", metavar="FILE", help="also write the report for machines; - prints it instead")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also draw a contact sheet to look at")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Check a folder as the arguments say; return the exit code, 1 if there are errors."""
+    report, files = inspect_folder(
+        given.folder, given.kind, given.key, None, given.slices, given.full_turn, given.patient
+    )
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+    print(text if given.json == "-" else report)
+    if given.json not in (None, "-"):
+        with replacing(given.json) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+    if given.sheet and files:
+        from data_modules.contact_sheet import draw_sheet
+
+        draw_sheet(report, files, given.sheet)
     return 1 if report.errors else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check a folder from the command line; return the exit code, 1 if there are errors."""
+    parser = argparse.ArgumentParser(prog="python -m data_modules.validate", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
+from PIL import Image
 
 from allpet.geometry import ParallelBeam
+from allpet.io import Scan, write_scan
 from allpet.projector import Radon
 from data_modules.validate import Report, inspect_folder, main, validate_folder
 
@@ -240,3 +245,90 @@ def test_patterns(tmp_path: Path) -> None:
     report = validate_folder(folder, patient=r"_(00\d)")
     assert "does not fit 2 file(s), the first is patient2_010.npy; change it" in findings(report, "ERROR")
     assert "no regular expression" in findings(validate_folder(folder, patient="("), "ERROR")
+
+
+# ---- what files say of themselves, splits, reports -------------------------------------------------------------------
+
+
+def split_folder(folder: Path, train: np.ndarray, test: np.ndarray, patients: tuple[str, str]) -> Path:
+    for use, name, slices in zip(("train", "test"), patients, (train, test), strict=True):
+        (folder / use / name).mkdir(parents=True)
+        np.save(folder / use / name / "a.npy", slices)
+    return folder
+
+
+def test_a_patient_in_two_splits_is_an_error(tmp_path: Path) -> None:
+    clean = split_folder(tmp_path / "clean", SINOGRAMS[:6], SINOGRAMS[6:], ("p1", "p2"))
+    assert validate_folder(clean).errors == []
+    leaky = split_folder(tmp_path / "leaky", SINOGRAMS[:6], SINOGRAMS[6:], ("p1", "p1"))
+    assert "1 patient(s) in two splits, the first is p1" in findings(validate_folder(leaky), "ERROR")
+
+
+def test_a_slice_in_two_splits_is_found_by_its_content(tmp_path: Path) -> None:
+    split_folder(tmp_path, SINOGRAMS[:6], SINOGRAMS[5:], ("p1", "p2"))
+    found = findings(validate_folder(tmp_path), "ERROR")
+    assert "1 slice(s) in two splits (test/p2/a.npy = train/p1/a.npy); remove the copies" in found
+
+
+def test_prompts_below_zero_and_unknown_tracers_are_errors(tmp_path: Path) -> None:
+    table = {"tracer": ["FDG"] * 11 + ["FGD"]}
+    write_scan(tmp_path / "a.h5", Scan(SINOGRAMS - 1, "sinogram", GEOMETRY, state=("prompts",), table=table))
+    found = findings(validate_folder(tmp_path), "ERROR")
+    assert "where its state is prompts, which are counts" in found
+    assert "unknown tracer 'FGD'; choose one of" in found
+
+
+def test_lengths_must_agree(tmp_path: Path) -> None:
+    for i, bin_mm in enumerate((GEOMETRY.bin_mm, GEOMETRY.bin_mm, 2 * GEOMETRY.bin_mm)):
+        scan = Scan(SINOGRAMS[4 * i : 4 * i + 4], "sinogram", replace(GEOMETRY, bin_mm=bin_mm))
+        write_scan(tmp_path / f"p{i}.h5", scan)
+    found = findings(validate_folder(tmp_path), "ERROR")
+    assert found == "p2.h5: another geometry than 2 other file(s); keep each geometry in a folder of its own"
+    (tmp_path / "p2.h5").unlink()
+    other = replace(GEOMETRY, bin_mm=9.0)
+    assert "where the geometry has 9 mm" in findings(validate_folder(tmp_path, geometry=other), "ERROR")
+
+
+ANGLES = {
+    "too few": (np.arange(23) * 180 / 23, "23 angles .theta. for 24 views; store slices as .views, bins."),
+    "unsorted": (np.roll(np.arange(24) * 180 / 24, 3), "its angles .theta. do not rise; sort the views by angle"),
+    "uneven": (180 * (np.arange(24) / 24) ** 2, "do not lie evenly over 180 or 360 degrees; interpolate the views"),
+    "limited": (np.arange(24) * 120 / 24, "do not lie evenly over 180 or 360 degrees"),
+}
+
+
+@pytest.mark.parametrize("fault", ANGLES)
+def test_angles_beside_the_slices_must_fit(tmp_path: Path, fault: str) -> None:
+    angles, sentence = ANGLES[fault]
+    np.savez(tmp_path / "a.npz", sinogram=SINOGRAMS, theta=angles)
+    assert re.search(sentence, findings(validate_folder(tmp_path), "ERROR"))
+    for right in (np.arange(24) * 180 / 24, np.arange(24) * np.pi / 24):
+        np.savez(tmp_path / "a.npz", sinogram=SINOGRAMS, theta=right)
+        assert validate_folder(tmp_path).errors == []
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (1026, 1024, 1024)}
+    with (
+        zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as stream,
+    ):
+        np.lib.format.write_array_header_1_0(stream, header)
+        for _ in range(513):
+            stream.write(bytes(2**21))
+    found = findings(validate_folder(tmp_path), "ERROR")
+    assert re.search(r"its \d+ kB would unpack to 1\.1 GB; remove it, no measured data", found)
+
+
+def test_reports_for_machines_and_eyes(tmp_path: Path) -> None:
+    folder = save(tmp_path / "in", SINOGRAMS)
+    spoil(folder)
+    sheet = tmp_path / "sheet.png"
+    assert main([str(folder), "--json", str(tmp_path / "report.json"), "--sheet", str(sheet)]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["usable"] is False
+    assert sum(row["level"] == "ERROR" for row in report["rows"]) == 3
+    assert report["shape"] == [24, 24]
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+        assert np.ptp(np.asarray(image.convert("L"))) > 200

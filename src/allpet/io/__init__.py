@@ -1,5 +1,22 @@
-"""Readers of the files PET people have: MATLAB, NumPy and HDF5 arrays."""
+"""Readers and writers of the files PET people have.
 
-from allpet.io.arrays import ARRAY_SUFFIXES, DataError, read_array
+``read_scan`` and ``write_scan`` go by the suffix; ``read_array`` gives the bare slices of .mat, .npy, .npz and .h5.
+"""
 
-__all__ = ["ARRAY_SUFFIXES", "DataError", "read_array"]
+from allpet.io.arrays import ARRAY_SUFFIXES, read_array
+from allpet.io.formats import SUFFIXES, read_scan, write_scan
+from allpet.io.scans import STATES, DataError, Scan, content_hash, lor_endpoints, odd_bins
+
+__all__ = [
+    "ARRAY_SUFFIXES",
+    "STATES",
+    "SUFFIXES",
+    "DataError",
+    "Scan",
+    "content_hash",
+    "lor_endpoints",
+    "odd_bins",
+    "read_array",
+    "read_scan",
+    "write_scan",
+]

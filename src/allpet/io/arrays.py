@@ -8,6 +8,7 @@ one array read the same.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,25 +19,13 @@ import h5py
 import numpy as np
 import scipy.io
 
+from allpet.io.scans import DataError
+
 ARRAY_SUFFIXES = (".mat", ".npy", ".npz", ".h5", ".hdf5")
 
 
 _FORMATS = f"convert it to one of {', '.join(ARRAY_SUFFIXES)}"
 _DAMAGED = "copy it again or remove it"
-
-
-class DataError(ValueError):
-    """What is wrong with a file and what to do about it; its text is one sentence.
-
-    Args:
-        file: the file, as it should be named to the user.
-        finding: what was found, continuing "FILE: ".
-        remedy: what to do.
-    """
-
-    def __init__(self, file: str | Path, finding: str, remedy: str) -> None:
-        super().__init__(f"{file}: {finding}; {remedy}.")
-        self.file, self.finding, self.remedy = str(file), finding, remedy
 
 
 def read_array(
@@ -68,6 +57,40 @@ def read_array(
         raise DataError(path, "the file is empty", "copy it again")
     name, array = _READERS[suffix](path, key)
     return _check(path, name, array, suffix == ".mat" if slices == "auto" else slices == "last")
+
+
+ANGLE_NAMES = ("angles", "angles_rad", "angles_deg", "theta", "thetas", "phi")
+"""Vectors beside the slices that say where the views lie."""
+
+
+def check_angles(path: str | Path, n_views: int) -> None:
+    """Check the angles that a .mat, .npz or .h5 file holds beside its slices, where it holds any.
+
+    Args:
+        path: the file.
+        n_views: number of views of its slices.
+
+    Raises:
+        DataError: if they are not as many as the views, or do not rise evenly over 180 or 360 degrees.
+    """
+    path = Path(path)
+    for name in ANGLE_NAMES if path.suffix.lower() != ".npy" else ():
+        try:
+            angles = np.asarray(_READERS[path.suffix.lower()](path, name)[1], dtype=np.float64).squeeze()
+        except (DataError, ValueError, TypeError):
+            continue
+        if angles.ndim != 1 or len(angles) < 2:
+            continue
+        if len(angles) != n_views:
+            finding = f"{len(angles)} angles ({name}) for {n_views} views"
+            raise DataError(path, finding, "store slices as (views, bins) with one angle per view")
+        step = np.diff(angles)
+        if (step <= 0).any():
+            raise DataError(path, f"its angles ({name}) do not rise", "sort the views by angle")
+        turns = len(angles) * step.mean() / (180.0 if angles.max() > 7 else np.pi)
+        if np.ptp(step) > 0.05 * step.mean() or min(abs(turns - 1), abs(turns - 2)) > 0.02:
+            finding = f"its angles ({name}) do not lie evenly over 180 or 360 degrees"
+            raise DataError(path, finding, "interpolate the views to k * 180 / n degrees")
 
 
 def _check(path: Path, name: str, array: np.ndarray, slices_last: bool) -> np.ndarray:
@@ -107,8 +130,12 @@ def _kind(dtype: np.dtype) -> str:
 
 
 @contextmanager
-def _reading(path: Path, format_name: str) -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into one sentence."""
+def damaged(path: Path, format_name: str) -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file into one sentence.
+
+    Raises:
+        DataError: for whatever was raised.
+    """
     try:
         yield
     except DataError:
@@ -118,6 +145,13 @@ def _reading(path: Path, format_name: str) -> Iterator[None]:
     except Exception as error:  # scipy, NumPy, zipfile and HDF5 raise anything at all on damaged input
         reason = " ".join(str(error).split())[:120].rstrip(".;") or type(error).__name__
         raise DataError(path, f"it cannot be read as {format_name} ({reason})", _DAMAGED) from error
+
+
+def _refuse_bomb(path: Path, n_bytes: int) -> None:
+    """Refuse to unpack what is vastly larger than its file: no measured data compress like that."""
+    if n_bytes > 2**30 and n_bytes > 300 * path.stat().st_size:
+        finding = f"its {path.stat().st_size / 1000:.0f} kB would unpack to {n_bytes / 1e9:.1f} GB"
+        raise DataError(path, finding, "remove it, no measured data compress like that")
 
 
 def _choose(path: Path, key: str | None, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -145,18 +179,19 @@ def _choose(path: Path, key: str | None, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def _read_npy(path: Path, key: str | None) -> tuple[str, np.ndarray]:
-    with _reading(path, "a .npy file"), path.open("rb") as stream:
+    with damaged(path, "a .npy file"), path.open("rb") as stream:
         return "", _unpack(path, stream)
 
 
 def _read_npz(path: Path, key: str | None) -> tuple[str, np.ndarray]:
-    with _reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+    with damaged(path, "an .npz file"), zipfile.ZipFile(path) as archive:
         shapes = {}
         for member in archive.namelist():
             if member.endswith(".npy"):
                 with archive.open(member) as stream:
                     shapes[member.removesuffix(".npy")] = _header(stream)[0]
         name = _choose(path, key, shapes)
+        _refuse_bomb(path, archive.getinfo(f"{name}.npy").file_size)
         with archive.open(f"{name}.npy") as stream:
             return name, _unpack(path, stream)
 
@@ -182,14 +217,15 @@ def _read_mat(path: Path, key: str | None) -> tuple[str, np.ndarray]:
     if h5py.is_hdf5(path):
         name, array = _read_hdf5(path, key)
         return name, array.T  # MATLAB stores the first axis fastest, HDF5 the last
-    with _reading(path, "a MATLAB file"):
+    with damaged(path, "a MATLAB file"):
         shapes = {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind not in ("char", "function")}
         name = _choose(path, key, shapes)
+        _refuse_bomb(path, math.prod(shapes[name]))  # at least one byte each
         return name, np.asarray(scipy.io.loadmat(path, variable_names=[name])[name])
 
 
 def _read_hdf5(path: Path, key: str | None) -> tuple[str, np.ndarray]:
-    with _reading(path, "an HDF5 file"), h5py.File(path, "r") as file:
+    with damaged(path, "an HDF5 file"), h5py.File(path, "r") as file:
         found: dict[str, h5py.Dataset] = {}
 
         def visit(name: str, item: Any) -> None:
@@ -204,6 +240,7 @@ def _read_hdf5(path: Path, key: str | None) -> tuple[str, np.ndarray]:
         name = _choose(path, key, {name: item.shape for name, item in found.items()})
         if found[name].attrs.get("MATLAB_empty"):
             return name, np.empty((0, 0))
+        _refuse_bomb(path, found[name].size * found[name].dtype.itemsize)
         return name, found[name][()]
 
 

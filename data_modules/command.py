@@ -1,0 +1,214 @@
+"""``allpet-data``: bring data in, look at them, split them, and take sinograms out to other tools.
+
+allpet-data check FOLDER                 is it fit for training? exit code 1 if not
+allpet-data convert FOLDER SET.h5        one file with geometry, table and provenance
+allpet-data split SET.h5                 patient-wise train, val and test
+allpet-data info FILE                    what a file says of itself
+allpet-data export FILE OUT.hs           sinograms for STIR, MATLAB, NumPy
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from allpet.io import DataError, Scan, content_hash, odd_bins, read_scan, write_scan
+from data_modules import validate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return the exit code: 0 if all is well, 1 for what cannot be used, 130 when interrupted."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except ValueError as error:  # DataError among them: one sentence
+        print(f"ERROR  {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the same command continues a conversion.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allpet-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="say whether a folder is fit for training")
+    validate.add_arguments(check)
+    check.set_defaults(run=validate.run)
+
+    convert = commands.add_parser("convert", help="turn a folder into one HDF5 file; the same command resumes")
+    convert.add_argument("folder", help="folder of files, or one file")
+    convert.add_argument("out", metavar="SET.h5", help="the data set to write")
+    convert.add_argument("--kind", choices=["auto", "sinogram", "image"], default="auto", help="what the slices are")
+    convert.add_argument("--bin-mm", type=float, help="bin width of sinograms")
+    convert.add_argument("--pixel-mm", type=float, help="pixel width of images")
+    convert.add_argument("--full-turn", action="store_true", help="sinograms cover 360 degrees: fold them")
+    convert.add_argument("--key", help="name of the array, where files hold several")
+    convert.add_argument("--slices", choices=["auto", "first", "last"], default="auto", help="axis that counts slices")
+    convert.add_argument("--patient", help="pattern that finds the patient in a file's name")
+    convert.add_argument("--tracer", help="tracer of all slices: FDG, DOPA or PSMA")
+    convert.add_argument("--region", help="region of all slices: brain, trunk, chest, abdomen or pelvis")
+    convert.add_argument("--source", default="", help="where the data come from")
+    convert.add_argument("--licence", default="", help="what may be done with them")
+    convert.set_defaults(run=_convert)
+
+    split = commands.add_parser("split", help="split a data set patient-wise")
+    split.add_argument("file", metavar="SET.h5", help="a converted data set")
+    split.add_argument("--val", type=float, default=0.1, help="share of the patients to validate on")
+    split.add_argument("--test", type=float, default=0.1, help="share of the patients to test on")
+    split.set_defaults(run=_split)
+
+    info = commands.add_parser("info", help="print what a file says of itself")
+    info.add_argument("file", help="any file that can be read")
+    info.add_argument("--verify", action="store_true", help="also compare every slice with its hash")
+    info.set_defaults(run=_info)
+
+    export = commands.add_parser("export", help="write sinograms for other tools")
+    export.add_argument("file", help="any file that can be read, such as samples.h5")
+    export.add_argument("out", help="OUT.hs, OUT.npz, OUT.mat or OUT.h5")
+    export.add_argument("--rows", metavar="A:B", default=":", help="slices A to B, the end excluded")
+    export.add_argument("--bin-mm", type=float, help="bin width of sinograms that do not say")
+    export.add_argument(
+        "--odd-bins", action="store_true", help="one bin more where even: STIR and scikit-image need it"
+    )
+    export.add_argument("--lors", action="store_true", help="lines of response of the bins beside (.npz)")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _convert(given: argparse.Namespace) -> int:
+    from allpet.prompts import REGIONS, TRACERS, prompt_index
+    from data_modules.native import NativeFile, convert
+
+    columns = {}
+    for name, said, vocabulary in (("tracer", given.tracer, TRACERS), ("region", given.region, REGIONS)):
+        if said is not None:
+            columns[name] = vocabulary[prompt_index(said, vocabulary, name)]
+    path = convert(
+        given.folder,
+        given.out,
+        given.kind,
+        given.bin_mm,
+        given.pixel_mm,
+        given.full_turn,
+        given.key,
+        given.slices,
+        given.patient,
+        given.source,
+        given.licence,
+        columns,
+    )
+    native = NativeFile(path)
+    print(f"Wrote {path}: {len(native)} slices of {len(set(native.table['patient']))} patient(s).")
+    return 0
+
+
+def _split(given: argparse.Namespace) -> int:
+    from data_modules.few_shot import split_patients
+    from data_modules.native import NativeFile, write_split
+
+    patients = [str(name) for name in NativeFile(given.file).table.get("patient", [])]
+    if len(set(patients)) < 2:
+        raise DataError(given.file, "it has only one patient, or does not tell them apart", "convert with --patient")
+    parts = split_patients(patients, given.val, given.test)
+    uses = {patients[i]: use for use, rows in zip(("train", "val", "test"), parts, strict=True) for i in rows}
+    write_split(given.file, uses)
+    for use, rows in zip(("train", "val", "test"), parts, strict=True):
+        print(f"{use:5}  {len(rows)} slices of {len({patients[i] for i in rows})} patient(s)")
+    return 0
+
+
+def _info(given: argparse.Namespace) -> int:
+    scan = read_scan(given.file)
+    a, b = scan.values.shape[1:]
+    print(f"{given.file}: {len(scan.values)} {scan.kind or 'unknown'} slice(s) of {a} x {b}")
+    for name, value in {
+        "axes": scan.about()["axes"],
+        "geometry": scan.geometry,
+        "pixel": f"{scan.pixel_mm:g} mm" if scan.pixel_mm else None,
+        "slice distance": f"{scan.slice_mm:g} mm" if scan.slice_mm else None,
+        "units": scan.units,
+        "state": ", ".join(scan.state),
+        "values": f"{scan.values.min():.4g} to {scan.values.max():.4g}, sum {scan.values.sum(dtype=float):.6g}",
+        "beside": ", ".join(name for name in ("additive", "acf") if getattr(scan, name) is not None),
+        **{f"provenance, {name}": value for name, value in scan.provenance.items()},
+    }.items():
+        print(f"  {name}: {value if value not in (None, '') else 'not stated'}")
+    for name, column in scan.table.items():
+        counts = Counter(map(str, column))
+        some = ", ".join(f"{value} ({n})" for value, n in counts.most_common(4))
+        print(f"  column {name}: {len(counts)} value(s): {some}{', ...' if len(counts) > 4 else ''}")
+    for note in scan.notes:
+        print(f"  note: {note}")
+    if given.verify:
+        known = scan.table.get("hash")
+        if known is None:
+            raise DataError(given.file, "it holds no hashes", "convert it with allpet-data convert")
+        wrong = [i for i, (one, said) in enumerate(zip(scan.values, known, strict=True)) if content_hash(one) != said]
+        if wrong:
+            finding = f"{len(wrong)} slice(s) are not those converted, the first is {wrong[0]}"
+            raise DataError(given.file, finding, "convert it again")
+        print(f"  every slice is the one converted ({len(known)} hashes)")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    scan = read_scan(given.file)
+    if scan.kind != "image" and (scan.geometry is None or given.bin_mm is not None):
+        from data_modules.files import sinogram_geometry
+
+        geometry, said = sinogram_geometry(None, scan.values.shape[1:], given.bin_mm)
+        print(f"{given.file}: {said}")
+        scan = replace(scan, kind="sinogram", geometry=geometry)
+    scan = _rows(scan, given.rows, given.file)
+    scan = replace(scan, provenance={**scan.provenance, "exported_from": Path(given.file).name})
+    if given.odd_bins:
+        scan = odd_bins(scan)
+    elif scan.geometry is not None and scan.geometry.n_bins % 2 == 0 and Path(given.out).suffix.lower() == ".hs":
+        print("WARN  STIR puts bin n/2 on the axis of rotation, half a bin off for an even number; add --odd-bins.")
+    if given.lors:
+        if Path(given.out).suffix.lower() != ".npz":
+            raise DataError(given.out, "lines of response are written to .npz only", "let its name end in .npz")
+        from allpet.io.containers import write_npz
+
+        write_npz(given.out, scan, lors=True)
+    else:
+        write_scan(given.out, scan)
+    print(f"Wrote {given.out}: {len(scan.values)} slice(s) of {scan.values.shape[1]} x {scan.values.shape[2]}.")
+    return 0
+
+
+def _rows(scan: Scan, text: str, file: str) -> Scan:
+    """Choose slices by ``A:B``."""
+    first, mark, last = text.partition(":")
+    try:
+        chosen = (
+            slice(int(first) if first else None, int(last) if last else None)
+            if mark
+            else slice(int(first), int(first) + 1 or None)
+        )
+    except ValueError:
+        raise ValueError(f"--rows is {text!r}; give it as A:B, such as 0:10.") from None
+    if not len(scan.values[chosen]):
+        raise DataError(file, f"it has {len(scan.values)} slices, none of them in {text}", "choose others with --rows")
+    return replace(
+        scan,
+        values=scan.values[chosen],
+        additive=None if scan.additive is None else scan.additive[chosen],
+        acf=None if scan.acf is None else scan.acf[chosen],
+        table={name: list(column)[chosen] for name, column in scan.table.items()},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
