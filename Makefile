@@ -1,6 +1,7 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
-# ARGS="..." is appended to the command line, PYTHON=... makes the environment, PIP_ARGS="..." is appended to pip's.
+# ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
+# PIP_ARGS="..." is appended to pip's.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -12,6 +13,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+CHECK_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 SCALE_FILE := experiments/scale/$(SCALE).yaml
 
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
@@ -25,10 +27,10 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm sample validate-data clean
+.PHONY: help install demo test check format train-vae train-ldm sample validate-data benchmark gpu-check simulator-report clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY) ## Make .venv/ and install everything into it
 
@@ -69,6 +71,15 @@ sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS=
 validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }
 	$(BIN)/python -m data_modules.validate "$(DATA)" --kind $(KIND) $(ARGS)
+
+benchmark: $(READY) ## Projector, masks and reconstruction beside other libraries and the memory's speed; 15 minutes
+	$(BIN)/python experiments/benchmarks/benchmark.py $(ARGS)
+
+gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any interpreter with torch; installs nothing)
+	$(CHECK_PYTHON) experiments/benchmarks/gpu_check.py $(ARGS)
+
+simulator-report: $(READY) ## The simulator beside what is published, and pages of its pictures; 15 minutes
+	$(BIN)/python experiments/benchmarks/simulator_report.py $(ARGS)
 
 clean: ## Remove caches and build products; outputs/ and .venv/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

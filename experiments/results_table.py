@@ -3,8 +3,8 @@
     python experiments/results_table.py [--check]
 
 Every ``experiments/results/NAME.json`` is a report (``allpet.reports``) that a command left in ``outputs/reports`` and
-somebody copied here; its ``title`` and ``remarks``, if any, stand above its table. ``--check`` writes nothing and fails
-where the page is not what the results say.
+somebody copied here; its ``title`` and ``remarks``, if any, stand above its table: the ``summary`` if it has one, else
+its rows. ``--check`` writes nothing and fails where the page is not what the results say.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def page(folder: Path) -> str:
         if report.get("remarks"):
             parts.append(f"{report['remarks']}\n")
         parts.append(f"`{report['command']}`\n\nSeeds {seeds}; {where}; {report['date'][:10]}; {versions}.\n")
-        parts.append(table(report["rows"]) + "\n")
+        parts.append(table(report.get("summary", report["rows"])) + "\n")
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}](results/{path.stem}.png)\n")
     return "\n".join(parts)
