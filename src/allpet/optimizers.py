@@ -43,8 +43,8 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        hidden: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        hidden: Iterable[Tensor],
+        others: Iterable[Tensor],
         lr: float = 1e-3,
         others_lr: float | None = None,
         weight_decay: float = 0.0,
@@ -93,7 +93,7 @@ class Muon(Optimizer):
             weight.add_(update.view_as(weight), alpha=-group["lr"] * size)
 
     def _adamw(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        parameters: list[Tensor] = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
@@ -103,7 +103,7 @@ class Muon(Optimizer):
         averages, squares, steps = ([self.state[parameter][name] for parameter in parameters] for name in names)
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
             averages,
             squares,
             [],
@@ -118,7 +118,7 @@ class Muon(Optimizer):
         )
 
 
-def hidden_weights(network: nn.Module) -> list[nn.Parameter]:
+def hidden_weights(network: nn.Module) -> list[Tensor]:
     """Return the weights that Muon is meant for: of linear and convolutional layers but the first and the last.
 
     Args:

@@ -13,5 +13,6 @@ def fast_precision() -> str:
     """
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    native = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell; float32 is always right
+    # Older torch cannot tell; float32 is always right.
+    native: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16-mixed" if native.get("amx_bf16") or native.get("avx512_bf16") else "32-true"
