@@ -2,7 +2,7 @@
 
     python experiments/demo.py [--seed 0 1 2]      (make demo)
 
-Leaves, in ``outputs/demo/seed0/``, both runs, ``gallery.png`` (generated sinograms and their FBP images beside
+Leaves, in ``outputs/demo/seed0/``, both runs, ``gallery.png`` (generated sinograms and their OSEM images beside
 held-out ones) and ``transition.gif`` (how they emerge from noise), and the numbers in ``outputs/reports/demo.json`` and
 ``demo.md``: consistency of expected, noisy, reconstructed and generated sinograms, error of the reconstruction,
 distance of generated sinograms to the nearest training slice and their diversity. What is measured is the raw output of
@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from allpet import AutoencoderSystem, LatentDiffusion, ParallelBeam, Prompt, Radon, Sampling, SinogramBatch, fbp
+from allpet import AutoencoderSystem, LatentDiffusion, ParallelBeam, Prompt, Radon, Sampling, SinogramBatch, fbp, osem
 from allpet.cli import main as allpet
 from allpet.consistency import consistency_numbers
 from allpet.metrics import diversity, energy_distance, nearest_distance, relative_l2
@@ -100,14 +100,14 @@ def draw(
     radon: Radon,
     columns: int = 8,
 ) -> Path:
-    """Draw the gallery: for each prompt held-out slices and generated ones, sinograms above their FBP images."""
+    """Draw the gallery: for each prompt held-out slices and generated ones, sinograms above their OSEM images."""
     rows, labels = [], []
     for prompt in prompts:
         for name, sinograms in (("held-out", real[prompt].expected), ("generated", generated[prompt])):
             chosen = sinograms[torch.linspace(0, len(sinograms) - 1, columns).long()]
-            images = fbp(radon, chosen)
+            images = osem(radon, chosen, iterations=2, subsets=8)
             rows += [[Tile(s[0], (0, top(s))) for s in chosen], [Tile(i[0], (0, top(i))) for i in images]]
-            labels += [f"{prompt}\n{name}\nsinogram", f"{prompt}\n{name}\nFBP image"]
+            labels += [f"{prompt}\n{name}\nsinogram", f"{prompt}\n{name}\nOSEM image"]
     return save_figure(
         draw_grid(rows, labels, "Held-out simulated slices and generated ones, each tile in its own range"),
         folder / "gallery.png",

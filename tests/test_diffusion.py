@@ -54,13 +54,19 @@ def test_a_perfect_prediction_gives_the_clean_latent_back(prediction):
     torch.testing.assert_close(restored, clean, atol=2e-4, rtol=1e-4)
 
 
-def test_training_times_cover_the_process():
-    for times in ("uniform", "logit_normal"):
-        drawn = Diffusion(times=times).draw_times(20_000, torch.Generator().manual_seed(0))
-        assert 0 <= drawn.min() < 100
-        assert 900 < drawn.max() < 1000
-        assert abs(drawn.double().mean() - 499.5) < 10
-    assert drawn.double().std() < 220  # logit-normal: more of them in the middle than uniform (289)
+def test_uniform_training_times_cover_the_process():
+    drawn = Diffusion(times="uniform").draw_times(20_000, torch.Generator().manual_seed(0))
+    assert (drawn.bincount(minlength=1000) - 20).abs().max() < 6 * 20**0.5
+
+
+@pytest.mark.parametrize("location, spread", [(0.0, 1.0), (0.3, 1.4)])
+def test_logit_normal_training_times_have_their_moments(location, spread):
+    process = Diffusion(times="logit_normal", location=location, spread=spread)
+    share = (process.draw_times(20_000, torch.Generator().manual_seed(0)) + 0.5) / process.n_steps
+    assert abs(share.logit().mean() - location) < 0.04
+    assert abs(share.logit().std() - spread) < 0.03
+    late = torch.distributions.Normal(location, spread).cdf(torch.tensor(0.95).logit())
+    assert abs((share > 0.95).double().mean() - (1 - late)) < 0.005
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
