@@ -38,8 +38,8 @@ def page(folder: Path) -> str:
             parts.append(f"{report['remarks']}\n")
         parts.append(f"`{report['command']}`\n\nSeeds {seeds}; {where}; {report['date'][:10]}; {versions}.\n")
         parts.append(table(report.get("summary", report["rows"])) + "\n")
-        if path.with_suffix(".png").exists():
-            parts.append(f"![{path.stem}](results/{path.stem}.png)\n")
+        for picture in sorted(folder.glob(f"{path.stem}*.png")):
+            parts.append(f"![{picture.stem}](results/{picture.name})\n")
     return "\n".join(parts)
 
 

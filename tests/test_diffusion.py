@@ -59,7 +59,7 @@ def test_uniform_training_times_cover_the_process():
     assert (drawn.bincount(minlength=1000) - 20).abs().max() < 6 * 20**0.5
 
 
-@pytest.mark.parametrize("location, spread", [(0.0, 1.0), (0.3, 1.4)])
+@pytest.mark.parametrize(("location", "spread"), [(0.0, 1.0), (0.3, 1.4)])
 def test_logit_normal_training_times_have_their_moments(location, spread):
     process = Diffusion(times="logit_normal", location=location, spread=spread)
     share = (process.draw_times(20_000, torch.Generator().manual_seed(0)) + 0.5) / process.n_steps
