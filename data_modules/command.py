@@ -4,7 +4,8 @@ allpet-data check FOLDER                 is it fit for training? exit code 1 if 
 allpet-data convert FOLDER SET.h5        one file with geometry, table and provenance
 allpet-data split SET.h5                 patient-wise train, val and test
 allpet-data info FILE                    what a file says of itself
-allpet-data export FILE OUT.hs           sinograms for STIR, MATLAB, NumPy
+allpet-data export FILE OUT.hs           sinograms for STIR, MATLAB, NumPy; images as NIfTI or DICOM
+allpet-data attenuation-pairs PET CT OUT.h5   sinograms before and after correction from NAC-PET and CT images
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from allpet.io import DataError, Scan, content_hash, odd_bins, read_scan, write_scan
+from allpet.io.formats import IMAGE_SUFFIXES, suffix_of
 from data_modules import validate
 
 
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--patient", help="pattern that finds the patient in a file's name")
     convert.add_argument("--tracer", help="tracer of all slices: FDG, DOPA or PSMA")
     convert.add_argument("--region", help="region of all slices: brain, trunk, chest, abdomen or pelvis")
+    convert.add_argument("--layout", default="auto", help="layout of a public data set; none: read files as they are")
+    convert.add_argument("--role", help="which files of the layout: input, target, all")
     convert.add_argument("--source", default="", help="where the data come from")
     convert.add_argument("--licence", default="", help="what may be done with them")
     convert.set_defaults(run=_convert)
@@ -73,16 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--verify", action="store_true", help="also compare every slice with its hash")
     info.set_defaults(run=_info)
 
-    export = commands.add_parser("export", help="write sinograms for other tools")
+    export = commands.add_parser("export", help="write sinograms, or images, for other tools")
     export.add_argument("file", help="any file that can be read, such as samples.h5")
-    export.add_argument("out", help="OUT.hs, OUT.npz, OUT.mat or OUT.h5")
+    export.add_argument("out", help="OUT.hs, OUT.npz, OUT.mat, OUT.h5; images: OUT.nii.gz, or a folder (DICOM)")
     export.add_argument("--rows", metavar="A:B", default=":", help="slices A to B, the end excluded")
     export.add_argument("--bin-mm", type=float, help="bin width of sinograms that do not say")
+    export.add_argument("--pixel-mm", type=float, help="pixel width of images that do not say")
     export.add_argument(
         "--odd-bins", action="store_true", help="one bin more where even: STIR and scikit-image need it"
     )
     export.add_argument("--lors", action="store_true", help="lines of response of the bins beside (.npz)")
     export.set_defaults(run=_export)
+
+    pairs = commands.add_parser("attenuation-pairs", help="semi-real attenuation pairs from NAC-PET and CT images")
+    pairs.add_argument("nac", metavar="PET", help="folder of PET images without attenuation correction")
+    pairs.add_argument("ct", metavar="CT", help="folder of CT images with the same names and centre")
+    pairs.add_argument("out", metavar="OUT.h5", help="the data set to write: sinogram, and acf to multiply it with")
+    pairs.add_argument("--nac-pixel-mm", type=float, required=True, help="pixel width of PET")
+    pairs.add_argument("--ct-pixel-mm", type=float, required=True, help="pixel width of CT")
+    pairs.add_argument(
+        "--ct-units", choices=["auto", "hu", "stored", "scaled"], default="auto", help="stored: HU + 1024"
+    )
+    pairs.add_argument("--max-residual", type=float, default=0.1, help="slices explained less well are left out")
+    pairs.add_argument("--picture", help="PNG of some slices, to look at")
+    pairs.set_defaults(run=_pairs)
     return parser
 
 
@@ -107,6 +125,8 @@ def _convert(given: argparse.Namespace) -> int:
         given.source,
         given.licence,
         columns,
+        given.layout,
+        given.role,
     )
     native = NativeFile(path)
     print(f"Wrote {path}: {len(native)} slices of {len(set(native.table['patient']))} patient(s).")
@@ -172,6 +192,10 @@ def _export(given: argparse.Namespace) -> int:
         scan = replace(scan, kind="sinogram", geometry=geometry)
     scan = _rows(scan, given.rows, given.file)
     scan = replace(scan, provenance={**scan.provenance, "exported_from": Path(given.file).name})
+    if scan.kind == "image" and given.pixel_mm is not None:
+        scan = replace(scan, pixel_mm=given.pixel_mm)
+    if suffix_of(given.out) in IMAGE_SUFFIXES:
+        scan = _reconstruct(scan)
     if given.odd_bins:
         scan = odd_bins(scan)
     elif scan.geometry is not None and scan.geometry.n_bins % 2 == 0 and Path(given.out).suffix.lower() == ".hs":
@@ -186,6 +210,49 @@ def _export(given: argparse.Namespace) -> int:
         write_scan(given.out, scan)
     print(f"Wrote {given.out}: {len(scan.values)} slice(s) of {scan.values.shape[1]} x {scan.values.shape[2]}.")
     return 0
+
+
+def _pairs(given: argparse.Namespace) -> int:
+    from data_modules.nac_pairs import make_pairs
+
+    pairs = make_pairs(
+        given.nac,
+        given.ct,
+        given.out,
+        given.nac_pixel_mm,
+        given.ct_pixel_mm,
+        given.ct_units,
+        given.max_residual,
+        picture=given.picture,
+    )
+    for i, (name, residual) in enumerate(zip(pairs.names, pairs.residuals, strict=True)):
+        print(f"{name}: residual {residual:.1%}{'' if i in pairs.kept else ', left out'}")
+    print(f"Wrote {given.out}: {len(pairs.kept)} of {len(pairs.names)} slices.")
+    return 0
+
+
+def _reconstruct(scan: Scan) -> Scan:
+    """Turn sinograms into images by filtered backprojection, and say so; images stay."""
+    if scan.geometry is None:
+        return scan
+    import torch
+
+    from allpet import Radon, fbp
+
+    sinograms = torch.from_numpy(scan.values).unsqueeze(1)
+    images = torch.cat([fbp(Radon(scan.geometry), part) for part in sinograms.split(32)])
+    print("Reconstructed by filtered backprojection (Hann).")
+    return replace(
+        scan,
+        values=images.squeeze(1).numpy(),
+        kind="image",
+        geometry=None,
+        pixel_mm=scan.geometry.pixel_mm,
+        units=scan.units.replace(" x mm", ""),
+        additive=None,
+        acf=None,
+        provenance={**scan.provenance, "reconstruction": "filtered backprojection (Hann)"},
+    )
 
 
 def _rows(scan: Scan, text: str, file: str) -> Scan:

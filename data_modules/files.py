@@ -20,6 +20,7 @@ from allpet.prompts import OPEN, Prompt
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
 from data_modules.few_shot import Split, nested_subset, split_blocks, split_patients
 from data_modules.folder import FoundFile, Patients, patients_of, splits_of
+from data_modules.layouts import AUTO
 from data_modules.validate import Kind, inspect_folder
 
 FIELD_OF_VIEW_MM = 500.0
@@ -27,7 +28,7 @@ FIELD_OF_VIEW_MM = 500.0
 
 
 class SinogramFiles(SinogramDataModule):
-    """Slices from a folder of .mat, .npy, .npz, .h5 and .hs files, or from one file such as a native data set.
+    """Slices from a folder of .mat, .npy, .npz, .h5, .hs, .nii and DICOM files, or from one file such as a native set.
 
     The folder is checked before anything else happens (``data_modules.validate``); errors refuse it in one sentence,
     warnings are printed. Sinograms are never resampled: without a geometry the files' own views and bins are taken.
@@ -51,6 +52,8 @@ class SinogramFiles(SinogramDataModule):
         region: region of all slices, or ``open``.
         patient: pattern (regular expression) that finds the patient in a file's name; None: subfolders, else files
             with several slices, else names up to their last underscore.
+        layout: name of a public data set's layout (``data_modules.layouts``); ``auto`` looks for one, ``none`` not.
+        role: which files of the layout are read, such as ``input`` or ``target``; None: the layout's default.
         val_share: share of the patients (or slices) to validate on.
         test_share: share of the patients (or slices) to test on.
         num_scans: number of training slices (few-shot); None for all.
@@ -79,6 +82,8 @@ class SinogramFiles(SinogramDataModule):
         tracer: str = OPEN,
         region: str = OPEN,
         patient: str | None = None,
+        layout: str = AUTO,
+        role: str | None = None,
         val_share: float = 0.1,
         test_share: float = 0.1,
         num_scans: int | None = None,
@@ -101,11 +106,20 @@ class SinogramFiles(SinogramDataModule):
         self.asked_geometry, self.pixel_mm, self.bin_mm = geometry, pixel_mm, bin_mm
         self.asked_image_geometry = geometry or image_geometry
         self.patient, self.val_share, self.test_share = patient, val_share, test_share
+        self.layout, self.role = layout, role
 
     def load(self) -> LoadedData:
         """Check and read the folder, and project images."""
         report, files = inspect_folder(
-            self.folder, self.kind, self.key, self.asked_geometry, self.slices, self.full_turn, self.patient
+            self.folder,
+            self.kind,
+            self.key,
+            self.asked_geometry,
+            self.slices,
+            self.full_turn,
+            self.patient,
+            self.layout,
+            self.role,
         )
         report.raise_errors()
         for row in report.warnings:

@@ -11,6 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from allpet.io import SUFFIXES, Scan, read_scan
+from allpet.io.dicom import DICOM_SUFFIXES, is_dicom, may_be_dicom
+from allpet.io.formats import suffix_of
+from data_modules.layouts import Chosen
 
 SPLIT_FOLDERS = {
     "train": ("train", "training", "data_for_training"),
@@ -42,9 +45,11 @@ def find_files(folder: str | Path) -> tuple[list[str], list[str]]:
     """List the files below a folder by name, relative to it: those that can be read, and all others.
 
     Links to folders are not followed (they may form a loop); hidden files do not count, nor does what belongs to a
-    header. A file in place of the folder is the only one found.
+    header. A folder with DICOM files counts as one file of that name, ``.`` for the folder itself. A file in place of
+    the folder is the only one found.
     """
     arrays: list[str] = []
+    series: set[str] = set()
     others: list[str] = []
     if Path(folder).is_file():
         return [Path(folder).name], []
@@ -53,25 +58,32 @@ def find_files(folder: str | Path) -> tuple[list[str], list[str]]:
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)
-                known = path.suffix.lower() in SUFFIXES
+                if suffix_of(path) in DICOM_SUFFIXES or (may_be_dicom(name) and is_dicom(path)):
+                    series.add(path.parent.relative_to(folder).as_posix())
+                    continue
+                known = suffix_of(path) in SUFFIXES
                 (arrays if known else others).append(path.relative_to(folder).as_posix())
     read_along = {name.removesuffix(".hs") + end for name in arrays if name.endswith(".hs") for end in _ALONG}
     arrays = [name for name in arrays if name not in read_along]
-    return sorted(arrays), sorted(name for name in others if name not in read_along)
+    return sorted([*arrays, *series]), sorted(name for name in others if name not in read_along)
 
 
 _ALONG = (".s", "_additive.hs", "_additive.s", "_acf.hs", "_acf.s")
 
 
 def read_files(
-    folder: str | Path, names: list[str], key: str | None = None, slices: Literal["auto", "first", "last"] = "auto"
+    folder: str | Path,
+    names: list[str],
+    key: str | None = None,
+    slices: Literal["auto", "first", "last"] = "auto",
+    chosen: Chosen | None = None,
 ) -> Iterator[FoundFile | ValueError]:
-    """Read files one after another; what cannot be read comes as the error that says why."""
+    """Read files one after another, as their layout says; what cannot be read comes as the error that says why."""
     place = Path(folder).parent if Path(folder).is_file() else Path(folder)
     for name in names:
         try:
-            scan = read_scan(place / name, key, slices)
-            yield FoundFile(name, scan.values, scan if scan.kind else None)
+            scan = chosen.read(place, name, key, slices) if chosen else read_scan(place / name, key, slices)
+            yield FoundFile(name, scan.values, scan if scan.kind or scan.table else None)
         except ValueError as error:
             yield error
 
@@ -130,7 +142,7 @@ def identify_patients(files: list[str], n_slices: list[int], pattern: str | None
     parents = [Path(name).parent.as_posix() for name in files]
     if any(parent != "." for parent in parents):
         return Patients(parents, True, "by subfolder")
-    stems = [Path(name).stem for name in files]
+    stems = [name[: -len(suffix_of(name))] if suffix_of(name) in SUFFIXES else name for name in files]
     if all(n > 1 for n in n_slices):
         return Patients(stems, True, "one per file")
     if all("_" in stem.strip("_") for stem in stems):

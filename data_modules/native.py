@@ -28,6 +28,7 @@ from allpet.io.atomic import replacing
 from allpet.io.containers import column_array, column_list, read_about
 from allpet.io.scans import COMPANIONS, to_json
 from data_modules.folder import FoundFile, find_files, identify_patients, read_files, split_of
+from data_modules.layouts import AUTO, Chosen, choose_layout
 
 _ROWS = 64  # copied at a time
 
@@ -45,6 +46,8 @@ def convert(
     source: str = "",
     licence: str = "",
     columns: dict[str, str] | None = None,
+    layout: str = AUTO,
+    role: str | None = None,
 ) -> Path:
     """Convert a folder to a native data set; memory does not grow with the folder.
 
@@ -61,6 +64,8 @@ def convert(
         source: where the data come from.
         licence: what may be done with them.
         columns: further columns with one entry for all, such as ``{"tracer": "FDG"}``.
+        layout: name of a public data set's layout; ``auto`` looks for one, ``none`` does not.
+        role: which files of the layout are read; None: its default.
 
     Returns:
         ``path``.
@@ -73,11 +78,15 @@ def convert(
         raise DataError(path, "a data set is an HDF5 file", "let its name end in .h5")
     if not folder.exists():
         raise DataError(folder, "there is no such folder", "check the path")
-    names = [name for name in find_files(folder)[0] if (folder / name).resolve() != path.resolve()]
+    names, others = find_files(folder)
+    names = [name for name in names if (folder / name).resolve() != path.resolve()]
+    chosen = choose_layout(folder, names, others, layout, role)
+    names = chosen.names
     if not names:
         raise DataError(folder, "it holds no files that can be read", "check the path")
     place = folder.parent if folder.is_file() else folder
     asked = [kind, bin_mm, pixel_mm, full_turn, key, slices, patient, source, licence, columns or {}]
+    asked += [layout, role]
     listing = [
         [name, os.stat(place / name).st_size, os.stat(place / name).st_mtime_ns]
         for name in names
@@ -86,7 +95,7 @@ def convert(
     journal = _Journal(path, json.dumps([asked, listing]))
     try:
         for found in tqdm(
-            _read(folder, names[journal.n_files :], key, slices),
+            _read(folder, names[journal.n_files :], key, slices, chosen),
             "Converting",
             len(names),
             initial=journal.n_files,
@@ -106,8 +115,8 @@ def convert(
     return path
 
 
-def _read(folder: Path, names: list[str], key: str | None, slices: Any) -> Iterator[FoundFile]:
-    for found in read_files(folder, names, key, slices):
+def _read(folder: Path, names: list[str], key: str | None, slices: Any, chosen: Chosen) -> Iterator[FoundFile]:
+    for found in read_files(folder, names, key, slices, chosen):
         if not isinstance(found, FoundFile):
             raise found
         yield found

@@ -24,11 +24,12 @@ from allpet.io import DataError
 from allpet.io.atomic import replacing
 from data_modules.checks import ALL, Row, by, check_leakage, check_slices, check_tables, decide_kind, rows_for
 from data_modules.folder import FoundFile, find_files, patients_of, read_files
+from data_modules.layouts import ALL_ROLES, AUTO, LAYOUTS, NONE, choose_layout
 
 if TYPE_CHECKING:  # checking a folder starts in half a second without torch
     from allpet.geometry import ParallelBeam
 
-_KNOWN = ".mat, .npy, .npz, .h5 or .hs"
+_KNOWN = ".mat, .npy, .npz, .h5, .hs, .nii or DICOM"
 Kind = Literal["auto", "sinogram", "image"]
 
 
@@ -106,9 +107,11 @@ def validate_folder(
     slices: Literal["auto", "first", "last"] = "auto",
     full_turn: bool = False,
     patient: str | None = None,
+    layout: str = AUTO,
+    role: str | None = None,
 ) -> Report:
     """Check a folder; see ``inspect_folder``, which also returns the slices."""
-    return inspect_folder(folder, kind, key, geometry, slices, full_turn, patient)[0]
+    return inspect_folder(folder, kind, key, geometry, slices, full_turn, patient, layout, role)[0]
 
 
 def inspect_folder(
@@ -119,6 +122,8 @@ def inspect_folder(
     slices: Literal["auto", "first", "last"] = "auto",
     full_turn: bool = False,
     patient: str | None = None,
+    layout: str = AUTO,
+    role: str | None = None,
 ) -> tuple[Report, list[FoundFile]]:
     """Read and check all files below a folder.
 
@@ -130,6 +135,8 @@ def inspect_folder(
         slices: axis that counts slices in three-dimensional arrays (``allpet.io.read_array``).
         full_turn: sinograms cover 360 degrees and are folded to 180.
         patient: pattern that finds the patient in a file's name.
+        layout: name of a public data set's layout; ``auto`` looks for one, ``none`` does not.
+        role: which files of the layout are read; None: its default.
 
     Returns:
         The report, and the readable files in the order of their names (sinograms folded).
@@ -140,12 +147,20 @@ def inspect_folder(
         rows.append(Row("ERROR", ALL, "there is no such folder", "check the path"))
         return report, []
     names, others = find_files(folder)
+    try:
+        chosen = choose_layout(folder, names, others, layout, role)
+    except DataError as error:
+        rows.append(Row("ERROR", ALL, error.finding, error.remedy))
+        return report, []
+    if chosen.layout is not None:
+        names, others = chosen.names, []
+        rows.append(Row("INFO", ALL, chosen.said))
     if not names:
         beside = f" ({len(others)} files of other kinds)" if others else ""
         rows.append(Row("ERROR", ALL, f"it holds no {_KNOWN} files{beside}", "check the path"))
         return report, []
     files: list[FoundFile] = []
-    reading = read_files(folder, names, key, slices)
+    reading = read_files(folder, names, key, slices, chosen)
     for name, found in zip(names, tqdm(reading, "Reading", len(names), leave=False, unit="file"), strict=True):
         if isinstance(found, FoundFile):
             files.append(found)
@@ -154,10 +169,10 @@ def inspect_folder(
         else:
             raise found
     if files:
-        said = {found.scan.kind for found in files if found.scan is not None}
+        said = {found.scan.kind if found.scan is not None else "" for found in files}
         if kind != "auto":
             report.kind, why = kind, "as said"
-        elif len(said) == 1 and all(found.scan is not None for found in files):
+        elif len(said) == 1 and said != {""}:
             report.kind, why = said.pop(), "as the files say"
         else:
             report.kind, why = decide_kind(files)
@@ -238,6 +253,12 @@ def _check_lengths(report: Report, files: list[FoundFile], asked: ParallelBeam |
             finding = f"bins of {theirs:g} mm by the files where the geometry has {ours:g} mm"
             remedy = "leave the geometry out (--data.geometry null) to take the files' own"
             report.rows.append(Row("ERROR", ALL, finding, remedy))
+    units = Counter(scan.units for _, scan in said if scan.units)
+    if len(units) > 1:
+        usual = units.most_common(1)[0][0]
+        odd = [found.name for found, scan in said if scan.units not in ("", usual)]
+        finding = f"other units than the {usual} of {units[usual]} other file(s)"
+        report.rows += rows_for("ERROR", odd, finding, "keep each kind of units in a folder of its own")
     for found, scan in said:
         report.rows += [Row("WARN", found.name, note, "check that this is meant") for note in scan.notes]
 
@@ -266,6 +287,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slices", choices=["auto", "first", "last"], default="auto", help="axis that counts slices")
     parser.add_argument("--full-turn", action="store_true", help="sinograms cover 360 degrees: fold them")
     parser.add_argument("--patient", help="pattern that finds the patient in a file's name")
+    parser.add_argument(
+        "--layout", choices=[AUTO, NONE, *LAYOUTS], default=AUTO, help="layout of a public data set; auto looks for one"
+    )
+    parser.add_argument("--role", help=f"which files of the layout: input, target, {ALL_ROLES} or another it has")
     parser.add_argument("--json", metavar="FILE", help="also write the report for machines; - prints it instead")
     parser.add_argument("--sheet", metavar="FILE.png", help="also draw a contact sheet to look at")
 
@@ -273,7 +298,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Check a folder as the arguments say; return the exit code, 1 if there are errors."""
     report, files = inspect_folder(
-        given.folder, given.kind, given.key, None, given.slices, given.full_turn, given.patient
+        given.folder,
+        given.kind,
+        given.key,
+        None,
+        given.slices,
+        given.full_turn,
+        given.patient,
+        given.layout,
+        given.role,
     )
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
     print(text if given.json == "-" else report)

@@ -22,6 +22,8 @@ _EXPORTS = {
     "models.denoiser": ["Denoiser"],
     "diffusion.schedule": ["Diffusion"],
     "diffusion.samplers": ["sample_ddim", "sample_ddpm"],
+    "diffusion.bridge": ["Bridge"],
+    "diffusion.bridge_samplers": ["sample_dbim"],
     "systems.autoencoder": ["AutoencoderSystem"],
     "systems.latent_diffusion": ["LatentDiffusion", "Sampling"],
 }

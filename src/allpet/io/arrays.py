@@ -147,7 +147,7 @@ def damaged(path: Path, format_name: str) -> Iterator[None]:
         raise DataError(path, f"it cannot be read as {format_name} ({reason})", _DAMAGED) from error
 
 
-def _refuse_bomb(path: Path, n_bytes: int) -> None:
+def refuse_bomb(path: Path, n_bytes: int) -> None:
     """Refuse to unpack what is vastly larger than its file: no measured data compress like that."""
     if n_bytes > 2**30 and n_bytes > 300 * path.stat().st_size:
         finding = f"its {path.stat().st_size / 1000:.0f} kB would unpack to {n_bytes / 1e9:.1f} GB"
@@ -191,7 +191,7 @@ def _read_npz(path: Path, key: str | None) -> tuple[str, np.ndarray]:
                 with archive.open(member) as stream:
                     shapes[member.removesuffix(".npy")] = _header(stream)[0]
         name = _choose(path, key, shapes)
-        _refuse_bomb(path, archive.getinfo(f"{name}.npy").file_size)
+        refuse_bomb(path, archive.getinfo(f"{name}.npy").file_size)
         with archive.open(f"{name}.npy") as stream:
             return name, _unpack(path, stream)
 
@@ -220,7 +220,7 @@ def _read_mat(path: Path, key: str | None) -> tuple[str, np.ndarray]:
     with damaged(path, "a MATLAB file"):
         shapes = {name: shape for name, shape, kind in scipy.io.whosmat(path) if kind not in ("char", "function")}
         name = _choose(path, key, shapes)
-        _refuse_bomb(path, math.prod(shapes[name]))  # at least one byte each
+        refuse_bomb(path, math.prod(shapes[name]))  # at least one byte each
         return name, np.asarray(scipy.io.loadmat(path, variable_names=[name])[name])
 
 
@@ -240,7 +240,7 @@ def _read_hdf5(path: Path, key: str | None) -> tuple[str, np.ndarray]:
         name = _choose(path, key, {name: item.shape for name, item in found.items()})
         if found[name].attrs.get("MATLAB_empty"):
             return name, np.empty((0, 0))
-        _refuse_bomb(path, found[name].size * found[name].dtype.itemsize)
+        refuse_bomb(path, found[name].size * found[name].dtype.itemsize)
         return name, found[name][()]
 
 
