@@ -209,10 +209,10 @@ def test_a_minority_of_many_is_counted_not_listed(tmp_path: Path) -> None:
 
 
 def test_keys_and_slice_axes_are_passed_on(tmp_path: Path) -> None:
-    scipy.io.savemat(tmp_path / "a.mat", {"lq": SINOGRAMS + 1, "gt": np.moveaxis(SINOGRAMS, 0, -1)})
-    assert "it holds several arrays (lq, gt)" in findings(validate_folder(tmp_path), "ERROR")
-    assert validate_folder(tmp_path, key="gt").warnings == []
-    assert validate_folder(tmp_path, key="lq", slices="first").shape == (24, 24)
+    scipy.io.savemat(tmp_path / "a.mat", {"low": SINOGRAMS + 1, "full": np.moveaxis(SINOGRAMS, 0, -1)})
+    assert "it holds several arrays (low, full)" in findings(validate_folder(tmp_path), "ERROR")
+    assert validate_folder(tmp_path, key="full").warnings == []
+    assert validate_folder(tmp_path, key="low", slices="first").shape == (24, 24)
 
 
 # ---- patients --------------------------------------------------------------------------------------------------------
