@@ -294,7 +294,13 @@ def _read_dtm(path: Path) -> dict[str, Scan]:
         raise DataError(path, "it holds NaN or infinite values", "copy the file again")
     if not offset and (values == values[0]).all():  # one slice, repeated for three colour channels
         values = values[:1]
-    return {"": Scan(values, "image")}
+    patient = path.stem if offset else _before_underscore(path.stem)  # a volume is one patient's
+    return {"": Scan(values, "image", table={"patient": [patient] * len(values)})}
+
+
+def _before_underscore(stem: str) -> str:
+    """Return whose a slice is by its file's name, not by its folder, which is that of its role."""
+    return stem.rpartition("_")[0] or "unknown"
 
 
 _LOW = r"(?:low|ld|lq|lpet|input)[^/]*"
@@ -366,6 +372,7 @@ LAYOUTS: dict[str, Layout] = {
             ),
             "target",
             key="data",
+            patient_of=lambda groups: _before_underscore(groups["pair"]),
         ),
         Layout(
             "ms-cdt",
@@ -376,6 +383,7 @@ LAYOUTS: dict[str, Layout] = {
             ),
             "target",
             key="data",
+            patient_of=lambda groups: _before_underscore(groups["pair"]),
         ),
         Layout(
             "dtm",
