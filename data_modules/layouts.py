@@ -306,7 +306,6 @@ def _before_underscore(stem: str) -> str:
 _LOW = r"(?:low|ld|lq|lpet|input)[^/]*"
 _FULL = r"(?:full|fd|gt|hq|spet|normal|target|label)[^/]*"
 _FILE = r"(?P<pair>[^/]+)"
-_PATIENT_FILE = r"(?:(?P<patient>[^/]+)_)?(?P<pair>[^/_]+)"
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -367,8 +366,8 @@ LAYOUTS: dict[str, Layout] = {
             "dream-folders",
             "slices in folders gt and lq, as DREAM's and MS-CDT's code reads them",
             (
-                ("target", rf"(?:gt|GT)/{_PATIENT_FILE}\.mat"),
-                ("input", rf"(?:lq|LQ)/{_PATIENT_FILE}\.mat"),
+                ("target", rf"(?:gt|GT)/{_FILE}\.mat"),
+                ("input", rf"(?:lq|LQ)/{_FILE}\.mat"),
             ),
             "target",
             key="data",

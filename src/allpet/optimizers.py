@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised, for trainings of a few hundred steps.
 
 K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), with the learning rate of Liu et
-al., "Muon is scalable for LLM training" (arXiv 2502.16982, eq. 4), so that AdamW's learning rates carry over. At the
-laptop's scale it brings stage 1 in 400 steps to where AdamW is after 1300; experiments/README.md has the comparison.
+al., "Muon is scalable for LLM training" (arXiv 2502.16982, eq. 4), so that AdamW's learning rates carry over.
+experiments/benchmarks/optimizers.py compares the two.
 
 ``torch.optim.Muon`` takes two-dimensional parameters only, which excludes convolutions, and multiplies in bfloat16,
 which processors without such units emulate a hundred times slower.
