@@ -65,13 +65,14 @@ def draw_build(draw: Draw, limit_mm: float, sex: str = "") -> Build:
     female = draw.chance(0.45)  # drawn in any case, so that a given sex changes nothing else
     if sex:
         female = sex == "female"
-    size = draw.normal(0.92 if female else 1.0, 0.045)
-    weight = draw.normal()
+    size = draw.normal(0.93 if female else 1.0, 0.03)
+    # A large abdomen attenuates about 28-fold along its longest line; normal tails would give 40-fold and more.
+    weight = min(max(draw.normal(), -2.0), 1.5)
     build = Build(
         female,
-        width=size * (1 + 0.035 * weight) * draw.normal(1.0, 0.025),
+        width=size * (1 + 0.02 * weight) * draw.normal(1.0, 0.015),
         depth=size * (1 + 0.07 * weight) * draw.normal(1.0, 0.035),
-        fat_mm=max(5.0, 16.0 + 7.0 * weight + draw.normal(0, 3.0) + (4.0 if female else 0.0)),
+        fat_mm=max(5.0, 14.0 + 5.0 * weight + draw.normal(0, 2.0) + (4.0 if female else 0.0)),
     )
     shrink = min(1.0, limit_mm / (_WAVINESS * (_WIDEST_MM * build.width + build.fat_mm)))
     return build._replace(width=build.width * shrink, depth=build.depth * shrink, fat_mm=build.fat_mm * shrink)
