@@ -58,6 +58,9 @@ def find_files(folder: str | Path) -> tuple[list[str], list[str]]:
         for name in files:
             if not name.startswith("."):
                 path = Path(place, name)
+                if path.exists() and not path.is_file():  # opening a pipe would wait forever
+                    others.append(path.relative_to(folder).as_posix())
+                    continue
                 if suffix_of(path) in DICOM_SUFFIXES or (may_be_dicom(name) and is_dicom(path)):
                     series.add(path.parent.relative_to(folder).as_posix())
                     continue

@@ -79,7 +79,7 @@ def convert(
     if not folder.exists():
         raise DataError(folder, "there is no such folder", "check the path")
     names, others = find_files(folder)
-    names = [name for name in names if (folder / name).resolve() != path.resolve()]
+    names = [name for name in names if os.path.realpath(folder / name) != os.path.realpath(path)]
     chosen = choose_layout(folder, names, others, layout, role)
     names = chosen.names
     if not names:

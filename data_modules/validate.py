@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -165,7 +166,9 @@ def inspect_folder(
         if isinstance(found, FoundFile):
             files.append(found)
         elif isinstance(found, DataError):
-            rows.append(Row("ERROR", name, found.finding, found.remedy))
+            within = found.file.removeprefix(f"{Path(folder, name)}{os.sep}")  # of a series: the file at fault
+            where = f"{name}/{within}" if within != found.file else name
+            rows.append(Row("ERROR", where, found.finding, found.remedy))
         else:
             raise found
     if files:
