@@ -17,7 +17,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from allpet.io import DataError, Scan, content_hash, odd_bins, read_scan, write_scan
+from allpet.io import DataError, Scan, odd_bins, read_scan, write_scan
+from allpet.io.containers import read_about
 from allpet.io.formats import IMAGE_SUFFIXES, suffix_of
 from data_modules import validate
 
@@ -149,9 +150,17 @@ def _split(given: argparse.Namespace) -> int:
 
 
 def _info(given: argparse.Namespace) -> int:
-    scan = read_scan(given.file)
+    from data_modules.native import NativeFile
+
+    native = NativeFile(given.file) if _is_native(given.file) else None  # read piece by piece: it may be large
+    scan = read_scan(given.file) if native is None else native.scan([0])
+    n = len(scan.values if native is None else native)
+    table = scan.table if native is None else native.table
+    parts = [scan.values] if native is None else (native.read(range(i, min(i + 64, n))) for i in range(0, n, 64))
+    sums = [(float(part.min()), float(part.max()), float(part.sum(dtype=float))) for part in parts]
+    low, high, total = min(one[0] for one in sums), max(one[1] for one in sums), sum(one[2] for one in sums)
     a, b = scan.values.shape[1:]
-    print(f"{given.file}: {len(scan.values)} {scan.kind or 'unknown'} slice(s) of {a} x {b}")
+    print(f"{given.file}: {n} {scan.kind or 'unknown'} slice(s) of {a} x {b}")
     for name, value in {
         "axes": scan.about()["axes"],
         "geometry": scan.geometry,
@@ -159,38 +168,36 @@ def _info(given: argparse.Namespace) -> int:
         "slice distance": f"{scan.slice_mm:g} mm" if scan.slice_mm else None,
         "units": scan.units,
         "state": ", ".join(scan.state),
-        "values": f"{scan.values.min():.4g} to {scan.values.max():.4g}, sum {scan.values.sum(dtype=float):.6g}",
+        "values": f"{low:.4g} to {high:.4g}, sum {total:.6g}",
         "beside": ", ".join(name for name in ("additive", "acf") if getattr(scan, name) is not None),
         **{f"provenance, {name}": value for name, value in scan.provenance.items()},
     }.items():
         print(f"  {name}: {value if value not in (None, '') else 'not stated'}")
-    for name, column in scan.table.items():
+    for name, column in table.items():
         counts = Counter(map(str, column))
         some = ", ".join(f"{value} ({n})" for value, n in counts.most_common(4))
         print(f"  column {name}: {len(counts)} value(s): {some}{', ...' if len(counts) > 4 else ''}")
     for note in scan.notes:
         print(f"  note: {note}")
     if given.verify:
-        known = scan.table.get("hash")
-        if known is None:
+        if native is None or "hash" not in table:
             raise DataError(given.file, "it holds no hashes", "convert it with allpet-data convert")
-        wrong = [i for i, (one, said) in enumerate(zip(scan.values, known, strict=True)) if content_hash(one) != said]
+        wrong = native.verify()
         if wrong:
             finding = f"{len(wrong)} slice(s) are not those converted, the first is {wrong[0]}"
             raise DataError(given.file, finding, "convert it again")
-        print(f"  every slice is the one converted ({len(known)} hashes)")
+        print(f"  every slice is the one converted ({n} hashes)")
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
-    scan = read_scan(given.file)
+    scan = _read_rows(given.file, given.rows)
     if scan.kind != "image" and (scan.geometry is None or given.bin_mm is not None):
         from data_modules.files import sinogram_geometry
 
         geometry, said = sinogram_geometry(None, scan.values.shape[1:], given.bin_mm)
         print(f"{given.file}: {said}")
         scan = replace(scan, kind="sinogram", geometry=geometry)
-    scan = _rows(scan, given.rows, given.file)
     scan = replace(scan, provenance={**scan.provenance, "exported_from": Path(given.file).name})
     if scan.kind == "image" and given.pixel_mm is not None:
         scan = replace(scan, pixel_mm=given.pixel_mm)
@@ -255,8 +262,14 @@ def _reconstruct(scan: Scan) -> Scan:
     )
 
 
-def _rows(scan: Scan, text: str, file: str) -> Scan:
-    """Choose slices by ``A:B``."""
+def _is_native(file: str) -> bool:
+    return Path(file).suffix.lower() in (".h5", ".hdf5") and Path(file).is_file() and read_about(file) is not None
+
+
+def _read_rows(file: str, text: str) -> Scan:
+    """Read the slices ``A:B``, of HDF5 files no others."""
+    from data_modules.native import NativeFile
+
     first, mark, last = text.partition(":")
     try:
         chosen = (
@@ -266,14 +279,18 @@ def _rows(scan: Scan, text: str, file: str) -> Scan:
         )
     except ValueError:
         raise ValueError(f"--rows is {text!r}; give it as A:B, such as 0:10.") from None
-    if not len(scan.values[chosen]):
-        raise DataError(file, f"it has {len(scan.values)} slices, none of them in {text}", "choose others with --rows")
+    source = NativeFile(file) if _is_native(file) else read_scan(file)
+    n = len(source) if isinstance(source, NativeFile) else len(source.values)
+    if not range(n)[chosen]:
+        raise DataError(file, f"it has {n} slices, none of them in {text}", "choose others with --rows")
+    if isinstance(source, NativeFile):
+        return source.scan(range(n)[chosen])
     return replace(
-        scan,
-        values=scan.values[chosen],
-        additive=None if scan.additive is None else scan.additive[chosen],
-        acf=None if scan.acf is None else scan.acf[chosen],
-        table={name: list(column)[chosen] for name, column in scan.table.items()},
+        source,
+        values=source.values[chosen],
+        additive=None if source.additive is None else source.additive[chosen],
+        acf=None if source.acf is None else source.acf[chosen],
+        table={name: list(column)[chosen] for name, column in source.table.items()},
     )
 
 
