@@ -164,12 +164,14 @@ def test_a_download_is_recognised_read_by_role_and_converted(
 @pytest.mark.parametrize("name", [name for name, one in SETS.items() if {"input", "target"} <= set(one.roles)])
 def test_every_input_has_its_target(name: str, tmp_path: Path) -> None:
     SETS[name].make(tmp_path / "data")
-    pairs = {}
+    pairs, owners = {}, {}
     for role in ("input", "target"):
-        columns = [found.column("pair") for found in read(tmp_path / "data", role)]
-        pairs[role] = [entry for column in columns for entry in column]
+        files = read(tmp_path / "data", role)
+        pairs[role] = [entry for found in files for entry in found.column("pair")]
+        owners[role] = set(zip(pairs[role], patients_of(files).names, strict=True))
     assert sorted(pairs["input"]) == sorted(pairs["target"])
     assert "" not in pairs["input"]
+    assert owners["input"] == owners["target"]  # otherwise a patient could be in two splits
 
 
 def test_the_two_tracers_are_paired_by_slice(tmp_path: Path) -> None:

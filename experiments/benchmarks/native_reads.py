@@ -1,4 +1,6 @@
-"""Random reads from a converted data set, and whether memory stays flat: ``python experiments/benchmarks/native_reads.py``.
+"""Random reads from a converted data set, and whether memory stays flat.
+
+    python experiments/benchmarks/native_reads.py
 
 A folder of 50 patients with 100 sinograms each is converted as a user's would be; then batches of random slices are
 read, as a training does, on one core. The file fits into the machine's file cache, which is what a second epoch meets.
@@ -57,9 +59,9 @@ def main() -> None:
         rows,
         [given.seed],
         title="Random reads from a converted data set",
-        remarks=f"{given.slices:,} slices of {_VIEWS} x {_BINS}, uncompressed, in batches of {_BATCH} on one core, from "
-        f"the machine's file cache; peak memory grew by {peaks[-1] - peaks[0]:.1f} MB from the first round to the last. "
-        f"Converting the folder took {converting:,.0f} slices per second.",
+        remarks=f"{given.slices:,} slices of {_VIEWS} x {_BINS}, uncompressed, in batches of {_BATCH} on one core, "
+        f"from the machine's file cache; peak memory grew by {peaks[-1] - peaks[0]:.1f} MB from the first round to the "
+        f"last. Converting the folder took {converting:,.0f} slices per second.",
     )
     print(table(rows))
     print(f"Written to {path}")
