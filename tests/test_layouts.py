@@ -16,7 +16,7 @@ from allpet.io import DataError, write_scan
 from allpet.io.scans import Scan
 from data_modules.command import main
 from data_modules.files import SinogramFiles
-from data_modules.folder import FoundFile, find_files
+from data_modules.folder import FoundFile, find_files, patients_of
 from data_modules.layouts import DTM_HEADER, LAYOUTS, choose_layout
 from data_modules.native import NativeFile
 from data_modules.validate import inspect_folder
