@@ -16,11 +16,12 @@ import allpet
 _STAGES = {
     "AutoencoderSystem": "Stage 1 of ALL-PET: a KL autoencoder of PET sinograms.",
     "LatentDiffusion": "Stage 2 of ALL-PET: latent diffusion of PET sinograms, steered by tracer and region.",
+    "LatentBridge": "A downstream task of ALL-PET: a diffusion bridge between latents of PET sinograms.",
 }
 # What a card tells of the data. It is shared: whatever else a data module has to say of a user's data stays out.
 _TOLD = (
     *("data", "data_hash", "geometry", "scale", "reprojected", "num_scans", "train", "val", "test"),
-    *("split", "target", "dose"),
+    *("split", "target", "dose", "task"),
 )
 
 

@@ -26,6 +26,7 @@ _EXPORTS = {
     "diffusion.bridge_samplers": ["sample_dbim"],
     "systems.autoencoder": ["AutoencoderSystem"],
     "systems.latent_diffusion": ["LatentDiffusion", "Sampling"],
+    "systems.latent_bridge": ["BridgeSampling", "Condition", "LatentBridge"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = sorted(_HOME)

@@ -268,6 +268,8 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
     """Put pretrained folders in the place of roots; return the hash of the weights that are built upon."""
     arguments, hashes = config.model.get("init_args") or Namespace(), []
+    if str(config.model.get("class_path", "")).endswith("LatentBridge"):
+        data_hash = None  # pairs are other data than those that the stages were trained on
     for key, wanted in (("autoencoder", data_hash), ("folder", None)):
         if isinstance(arguments.get(key), (str, Path)):
             arguments[key] = str(runs.newest_pretrained(arguments[key], wanted))

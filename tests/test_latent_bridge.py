@@ -1,0 +1,216 @@
+"""The bridge between latents: linear at first, better after training, exact in its bookkeeping, resumed as before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from allpet import (
+    Autoencoder,
+    AutoencoderSystem,
+    BridgeSampling,
+    Condition,
+    Denoiser,
+    LatentBridge,
+    LatentDiffusion,
+    ParallelBeam,
+    SinogramBatch,
+)
+from allpet.diffusion.preconditioning import LARGEST_CORRELATION
+from allpet.metrics import relative_l2
+from allpet.systems.latent_bridge import LABEL_SIZE, start_from
+from data_modules import PairedTask
+
+GEOMETRY = ParallelBeam(16, 20, 21.6, 20, 21.6)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def pairs(task: str = "low_dose", **given: Any) -> PairedTask:
+    prompts = ["FDG+PSMA:abdomen"] if task in ("separation", "conversion") else ["FDG:brain", "FDG:abdomen"]
+    counts = {"num_scans": 16, "slices_per_patient": 2, "val_patients": 4, "test_patients": 2, "batch_size": 4}
+    data = PairedTask(task, GEOMETRY, prompts, cache=None, **{**counts, **given})
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def data() -> PairedTask:
+    return pairs()
+
+
+@pytest.fixture(scope="module")
+def autoencoder(data: PairedTask) -> Autoencoder:
+    """A stage 1 that reconstructs roughly."""
+    torch.manual_seed(1)
+    system = AutoencoderSystem(Autoencoder((16, 32), patch=2), learning_rate=3e-3, warmup_steps=2)
+    system.autoencoder.scaling.set_scale(data.scale)
+    optimizer = torch.optim.AdamW(system.parameters(), 3e-3)
+    pair = data.train_set[list(range(16))]
+    both = torch.cat([pair.noisy, pair.expected, pair.input])
+    stack = system.autoencoder.scaling(torch.cat([both, both, 0 * both], 1))
+    for _ in range(120):
+        optimizer.zero_grad()
+        decoded, _ = system.autoencoder(stack)
+        (decoded.full - stack[:, 1:2]).abs().mean().backward()
+        optimizer.step()
+    batch = SinogramBatch(both, None, pair.prompt, pair.sample_id, pair.patient_id)
+    mean, std = system.measure_latents([batch])
+    system.autoencoder.set_latent_statistics(mean, std)
+    return system.autoencoder
+
+
+def bridge(autoencoder: Autoencoder | str, **given: Any) -> LatentBridge:
+    denoiser = Denoiser(4, 4, (16, 32), 1, attention=(False, True), head_channels=8, label_size=LABEL_SIZE)
+    return LatentBridge(autoencoder, denoiser, **{"learning_rate": 2e-3, "warmup_steps": 2, **given})
+
+
+def trainer(folder: Path, steps: int, **given: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False}
+    return Trainer(default_root_dir=folder, **{**quiet, **settings, **given})
+
+
+def fitted(data: PairedTask, autoencoder: Autoencoder, folder: Path, steps: int, **given: Any) -> LatentBridge:
+    torch.manual_seed(2)
+    system = bridge(autoencoder, **given)
+    trainer(folder, steps).fit(system, datamodule=data)
+    return system.eval()
+
+
+def test_untrained_it_is_the_linear_regression_of_each_channel(data, autoencoder, tmp_path):
+    system = fitted(data, autoencoder, tmp_path, 1, learning_rate=0.0)
+    batch = data.train_set[list(range(16))]
+    target, source = system._latents(batch)
+    x, y = (latent.transpose(0, 1).flatten(1).double() for latent in (target, source))
+    slope = ((x - x.mean(1, True)) * (y - y.mean(1, True))).mean(1) / y.var(1, correction=0)
+    slope = slope.minimum(LARGEST_CORRELATION * x.std(1, correction=0) / y.std(1, correction=0))
+    wanted = x.mean(1)[:, None] + slope[:, None] * (y - y.mean(1, True))
+    condition = Condition.of_pairs(batch)
+    generators = [torch.Generator() for _ in range(16)]
+    got = system._sample(source, condition, generators, BridgeSampling(nfe=1), False)
+    torch.testing.assert_close(got.transpose(0, 1).flatten(1).double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_training_beats_the_linear_estimate(autoencoder, tmp_path):
+    """Attenuation depends on the whole line: one factor per channel cannot undo it."""
+    data = pairs("attenuation")
+    linear, trained = (
+        fitted(data, autoencoder, tmp_path, steps, learning_rate=rate, target="expected")
+        for steps, rate in ((1, 0.0), (100, 3e-3))
+    )
+    batch = data.train_set[list(range(16))]
+
+    def error(system: LatentBridge) -> float:
+        restored = system._restore_pairs(batch, BridgeSampling(nfe=1)).mean
+        return float(relative_l2(restored, batch.expected).mean())
+
+    assert error(trained) < 0.9 * error(linear)
+    assert trained._loss(batch, ("check",)) < linear._loss(batch, ("check",))
+
+
+def test_results_depend_on_their_own_seed_and_input_alone(data, autoencoder, tmp_path):
+    system = fitted(data, autoencoder, tmp_path, 5)
+    batch, sampling = data.val_set[[0, 1, 2]], BridgeSampling(nfe=4, samples=3)
+    condition = Condition.of("low_dose", batch.prompt.names(), dose=0.05)
+    whole = system.restore(batch.input, condition, [5, 6, 7], sampling)
+    one = system.restore(
+        batch.input[1:2], Condition.of("low_dose", batch.prompt.names()[1:2], dose=0.05), [6], sampling
+    )
+    torch.testing.assert_close(whole.samples[:, 1], one.samples[:, 0], rtol=1e-3, atol=1e-3 * float(whole.mean.max()))
+    torch.testing.assert_close(whole.mean, whole.samples.mean(0))
+    torch.testing.assert_close(whole.std, whole.samples.std(0))
+    assert (whole.std.amax((1, 2, 3)) > 0).all()
+    other = system.restore(batch.input, condition, [8, 6, 7], sampling)
+    assert not torch.equal(whole.samples[:, 0], other.samples[:, 0])
+    assert (whole.samples >= 0).all()
+
+
+def test_separated_tracers_add_up_to_the_mix(autoencoder, tmp_path):
+    data = pairs("separation", num_scans=8)
+    system = fitted(data, autoencoder, tmp_path, 3)
+    batch = data.val_set[[0, 1]]
+    restored = system._restore_pairs(batch, BridgeSampling(nfe=3, samples=2))
+    assert restored.mean.shape == batch.expected.shape
+    source = system._encode(batch.input / system.input_ratio)
+    mix = system.autoencoder.scaling.inverse(system.autoencoder.decode(source, GEOMETRY.sinogram_shape).full)
+    for sample in restored.samples:
+        torch.testing.assert_close(sample.sum(1, keepdim=True), mix * system.input_ratio, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_of_another_scale_are_brought_to_that_of_the_targets(autoencoder, tmp_path):
+    system = fitted(pairs("attenuation"), autoencoder, tmp_path, 2)
+    assert 0.02 < float(system.input_ratio) < 0.7  # attenuated sinograms are several times less
+
+
+def test_resumed_is_uninterrupted_and_exported_is_the_same(data, autoencoder, tmp_path):
+    whole = fitted(data, autoencoder, tmp_path, 8)
+    torch.manual_seed(2)
+    half = bridge(autoencoder)
+    first = trainer(tmp_path, 4)
+    first.fit(half, datamodule=data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    torch.manual_seed(3)
+    rest = bridge(autoencoder)
+    # the cosine's end is part of the plan: both runs plan 8 steps
+    scheduled = trainer(tmp_path, 8)
+    scheduled.fit(rest, datamodule=data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    torch.testing.assert_close(rest.moments, whole.moments, rtol=0, atol=0)
+    assert scheduled.global_step == 8
+
+    whole.save_pretrained(tmp_path / "out")
+    loaded = LatentBridge.from_pretrained(tmp_path / "out", BridgeSampling(nfe=3))
+    batch = data.val_set[[0, 1]]
+    ours, theirs = (s._restore_pairs(batch, BridgeSampling(nfe=3)).mean for s in (whole, loaded))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert loaded.geometry == GEOMETRY
+
+
+def test_it_starts_from_stage_2(autoencoder, tmp_path):
+    small = Denoiser(channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8)
+    torch.nn.init.normal_(small.unet.conv_out.weight)
+    stage2 = LatentDiffusion(autoencoder, small)
+    stage2.geometry = GEOMETRY
+    stage2.save_pretrained(tmp_path / "ldm")
+    system = bridge(str(tmp_path / "ldm"))
+    latent, time, prompt = (
+        torch.randn(2, 4, 5, 5),
+        torch.tensor([3.0, 700.0]),
+        Condition.of("low_dose", ["FDG:brain"] * 2).prompt,
+    )
+    for network in (system.denoiser, small):
+        network.unet.conv_out.weight.data.fill_(0.01)
+        network.unet.conv_out.bias.data.zero_()
+    condition, label = torch.randn(2, 4, 5, 5), torch.randn(2, LABEL_SIZE)
+    torch.testing.assert_close(system.denoiser(latent, time, prompt, condition, label), small(latent, time, prompt))
+    assert not bridge(str(tmp_path / "ldm")).denoiser.unet.conv_out.weight.any()
+    torch.testing.assert_close(system.autoencoder.state_dict(), autoencoder.state_dict())
+
+
+def test_what_does_not_fit_is_refused(autoencoder):
+    small = {"channels": (8, 8), "attention": (False, False)}
+    with pytest.raises(ValueError, match="must be 'noisy' or 'expected'"):
+        bridge(autoencoder, target="clean")
+    with pytest.raises(ValueError, match=f"a bridge over this autoencoder needs 4, 4 and {LABEL_SIZE}"):
+        LatentBridge(autoencoder, Denoiser(**small))
+    with pytest.raises(ValueError, match="give it stage 2's channels, blocks and patch"):
+        start_from(bridge(autoencoder).denoiser, Denoiser(**small))
+    with pytest.raises(ValueError, match="one condition per target and one seed per sinogram"):
+        bridge(autoencoder).restore(torch.zeros(2, 1, 16, 20), Condition.of("low_dose", ["FDG:brain"]), [0, 1])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"task": "none"}, {"delay_min": -1.0}, {"dose": 0.0}, {"target_tracers": ["FDG"] * 2}]
+)
+def test_impossible_conditions_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"choose one of|give a delay|give one for each"):
+        Condition.of(**{"task": "delayed", "prompts": ["FDG:brain"], **wrong})
