@@ -8,6 +8,8 @@ PIP_ARGS ?=
 DATA ?=
 KIND ?= auto
 SCALE ?= laptop
+TASK ?=
+PAIRS ?=
 ARGS ?=
 
 VENV := .venv
@@ -27,7 +29,7 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +66,12 @@ train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the 
 
 train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
 	$(call FIT,ldm)
+
+finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500 SCALE=)
+	@test -f "experiments/finetune/$(TASK).yaml" || \
+		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion)."; exit 1; }
+	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \
+		-c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

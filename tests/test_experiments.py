@@ -10,12 +10,19 @@ import yaml
 
 import allpet
 from allpet.cli import main
+from allpet.simulation.tasks import TASKS
+from allpet.systems.latent_bridge import LABEL_SIZE
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
 COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "ldm.yaml") for scale in SCALES]
 COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
 COMMANDS += [("predict", ("sample.yaml",))]
+COMMANDS += [
+    ("fit", ("defaults.yaml", "finetune/bridge.yaml", f"finetune/{task}.yaml", scale))
+    for task in TASKS
+    for scale in SCALES
+]
 
 
 def words(files: tuple[str, ...]) -> list[str]:
@@ -67,6 +74,20 @@ def test_networks_fit_one_another_and_the_scale_its_preset(scale, capsys):
         denoiser = allpet.Denoiser(**ldm["model"]["init_args"]["denoiser"]["init_args"])
     autoencoder = allpet.Autoencoder(**vae["model"]["init_args"]["autoencoder"]["init_args"])
     assert autoencoder.latent_channels == denoiser.latent_channels
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_bridge_fits_and_starts_from_its_stage_2(scale, capsys):
+    files = ("defaults.yaml", "finetune/bridge.yaml", "finetune/low_dose.yaml", scale)
+    given = resolved(capsys, "fit", *words(files))["model"]["init_args"]["denoiser"]["init_args"]
+    stage2 = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", scale)))["model"]["init_args"]["denoiser"]
+    assert given["label_size"] == LABEL_SIZE
+    assert given["condition_channels"] == given["latent_channels"]
+    with torch.device("meta"):
+        networks = allpet.Denoiser(**given), allpet.Denoiser(**stage2["init_args"])
+    shapes = [{name: tuple(value.shape) for name, value in network.state_dict().items()} for network in networks]
+    differ = {name for name in shapes[0] if shapes[0][name] != shapes[1].get(name)}
+    assert differ == {"unet.conv_in.weight", "label.weight"}
 
 
 @pytest.mark.parametrize("scale", SCALES)

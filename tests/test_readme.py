@@ -26,6 +26,7 @@ COMMANDS: dict[str, str | None] = {
     "make help": "",
     "make train-vae": TINY,
     "make train-ldm": TINY,
+    "make finetune TASK=low_dose PAIRS=500": TINY.replace("--data.num_scans=16", "--data.num_scans=10"),
     "make sample N=16 PROMPT=FDG:brain": "--model.sampling.steps=2",
     "make sample N=16 PROMPT=PSMA:abdomen VIEWS=96 BINS=128 COUNTS=1e6": "--model.sampling.steps=2",
     'make train-vae ARGS="--trainer.max_steps=3000 --data.num_scans=100"': TINY,
@@ -90,6 +91,7 @@ def test_the_commands_work_in_the_order_given(place):
             run(place, command, COMMANDS[command])
     assert (place / "outputs/vae/001/pretrained/model.safetensors").is_file()
     assert (place / "outputs/ldm/001/pretrained/model.safetensors").is_file()
+    assert (place / "outputs/finetune/low_dose/001/pretrained/model.safetensors").is_file()
     for name in ("samples.h5", "gallery.png", "transition.gif"):
         assert (place / "outputs/samples/001" / name).is_file()
         assert (place / "outputs/samples/002" / name).is_file()
