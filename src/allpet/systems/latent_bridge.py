@@ -155,10 +155,10 @@ class _Aside:
 class LatentBridge(CosineSystem):
     """A bridge between latents of the given and the wanted sinogram (DDBM, arXiv 2309.16948; endpoint-aware form).
 
-    The stage-1 encoder sees either sinogram as a stack without masks. Inputs whose scale differs from the targets', as
-    without attenuation correction, are brought to it by one number for the data set. The moments of the latents are
-    measured when training starts, so that with an untrained network the bridge is the best linear estimate per
-    channel; what is learned goes beyond that.
+    The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale differs from
+    the targets', as without attenuation correction, are brought to it by one number for the data set. The moments of
+    the latents are measured when training starts, so that with an untrained network the bridge is the best linear
+    estimate per channel; what is learned goes beyond that.
 
     Args:
         autoencoder: the trained stage-1 network, or a folder that holds it: of stage 1 or of stage 2.
@@ -448,7 +448,9 @@ class LatentBridge(CosineSystem):
     @torch.no_grad()
     def _encode(self, sinogram: Tensor) -> Tensor:
         scaled = self.autoencoder.scaling(sinogram)
-        stack = torch.cat([scaled, scaled, torch.zeros_like(scaled)], dim=1)  # no masks: all is positive
+        # An empty mask: those drawn in training cover a small part, so that all but nothing is negative. A full one
+        # would be far from what the encoder knows.
+        stack = torch.cat([torch.zeros_like(scaled), scaled, scaled], dim=1)
         return self.autoencoder.encode_mean(stack).float()
 
 
