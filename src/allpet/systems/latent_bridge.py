@@ -155,8 +155,8 @@ class _Aside:
 class LatentBridge(CosineSystem):
     """A bridge between latents of the given and the wanted sinogram (DDBM, arXiv 2309.16948; endpoint-aware form).
 
-    The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that of
-    the targets, as without attenuation correction, are brought to it by one number for the data set. The moments of
+    The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
+    of the targets, as without attenuation correction, are brought to it by one number for the data set. The moments of
     the latents are measured when training starts, so that with an untrained network the bridge is the best linear
     estimate per channel; what is learned goes beyond that.
 
