@@ -281,6 +281,11 @@ class SinogramDataModule(LightningDataModule, ABC):
             batch = batch._replace(stack=self.augmentation.apply(batch.sinogram, cells))
         return batch
 
+    @property
+    def stage1_data_hash(self) -> str | None:
+        """Hash of the data that a stage 1 must have been trained on to serve these; None if any data will do."""
+        return self._require_setup().data_hash
+
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the data, for the checkpoint."""
         if self._loaded is None:

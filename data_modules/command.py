@@ -11,6 +11,7 @@ allpet-data attenuation-pairs PET CT OUT.h5   sinograms before and after correct
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -159,6 +160,8 @@ def _info(given: argparse.Namespace) -> int:
     parts = [scan.values] if native is None else (native.read(range(i, min(i + 64, n))) for i in range(0, n, 64))
     sums = [(float(part.min()), float(part.max()), float(part.sum(dtype=float))) for part in parts]
     low, high, total = min(one[0] for one in sums), max(one[1] for one in sums), sum(one[2] for one in sums)
+    if not math.isfinite(total):
+        raise DataError(given.file, "it holds NaN or infinite values", "remove or repair them")
     a, b = scan.values.shape[1:]
     print(f"{given.file}: {n} {scan.kind or 'unknown'} slice(s) of {a} x {b}")
     for name, value in {

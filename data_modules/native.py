@@ -24,6 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from allpet.io import DataError, Scan, content_hash
+from allpet.io.arrays import damaged
 from allpet.io.atomic import replacing
 from allpet.io.containers import column_array, column_list, read_about
 from allpet.io.scans import COMPANIONS, to_json
@@ -348,11 +349,16 @@ class NativeFile:
         return dict(self.about["table"])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Read slices in any order, ``(rows, views, bins)`` float32."""
+        """Read slices in any order, ``(rows, views, bins)`` float32.
+
+        Raises:
+            DataError: if the file is damaged.
+        """
         dataset = self._dataset()
         out = np.empty((len(rows), *dataset.shape[1:]), np.float32)
-        for i, row in enumerate(rows):
-            dataset.read_direct(out, np.s_[int(row)], np.s_[i])
+        with damaged(self.path, "a data set"):
+            for i, row in enumerate(rows):
+                dataset.read_direct(out, np.s_[int(row)], np.s_[i])
         return out
 
     def verify(self) -> list[int]:
@@ -374,18 +380,25 @@ class NativeFile:
         arrays = {"values": self.read(chosen)}
         for name in COMPANIONS:
             if name in file:
-                arrays[name] = np.stack([file[name][row] for row in chosen])
+                with damaged(self.path, "a data set"):
+                    arrays[name] = np.stack([file[name][row] for row in chosen])
         table = {name: [column[row] for row in chosen] for name, column in self.about["table"].items()}
         return scan_from({**self.about, "table": table}, arrays, self.path)
 
     def _open(self) -> h5py.File:
         if self._file is None or self._owner != os.getpid():
             self._file, self._owner = h5py.File(self.path, "r"), os.getpid()
+            slices = self._file.get(self._name)
+            if slices is None or slices.ndim != 3 or not slices.size:
+                raise DataError(self.path, f"it holds no {self._name} slices", "convert or write it again")
         return self._file
 
+    @property
+    def _name(self) -> str:
+        return self.about.get("kind") or "sinogram"
+
     def _dataset(self) -> h5py.Dataset:
-        file = self._open()
-        return file[self.about.get("kind") or "sinogram"]
+        return self._open()[self._name]
 
 
 def write_split(path: str | Path, split: dict[str, str]) -> None:

@@ -163,6 +163,11 @@ class PairedTask(SinogramDataModule):
         notes = {"task": self.task, "train_patients": train.patient_id.unique().tolist()}
         return LoadedData(self.geometry, train, val, test, digest(identity), notes=notes)
 
+    @property
+    def stage1_data_hash(self) -> None:
+        """Stages 1 and 2 come from single slices, never from these pairs."""
+        return None
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches on the batch's device."""
         if not isinstance(batch, PairedBatch):

@@ -126,10 +126,10 @@ def objects(path: Path) -> None:
     (np.save if path.suffix == ".npy" else np.savez)(path, array, allow_pickle=True)
 
 
-def with_value(value: complex, where: tuple[int, ...] = (3, 4)) -> Callable[[Path], None]:
+def with_value(value: complex) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         one = SINOGRAMS[0].astype(complex if isinstance(value, complex) else float)
-        one[where] = value
+        one[3, 4] = value
         np.save(path, one)
 
     return write
@@ -146,16 +146,24 @@ def splits(train: str, test: str, n: int) -> Callable[[Path], None]:
     return make
 
 
-def scan(**given: Any) -> Callable[[Path], None]:
-    return lambda folder: scan_into(folder, dict(given))
+def scan(name: str = "a.h5", values: np.ndarray = SINOGRAMS, **given: Any) -> Callable[[Path], None]:
+    return lambda folder: write_scan(folder / name, Scan(values, "sinogram", GEOMETRY, **given))
 
 
-def scan_into(folder: Path, given: dict[str, Any]) -> None:
-    write_scan(folder / "a.h5", Scan(given.pop("values", SINOGRAMS), "sinogram", GEOMETRY, **given))
+def holed() -> np.ndarray:
+    values = SINOGRAMS.copy()
+    values[2, 3, 4] = np.nan
+    return values
+
+
+def no_slices(folder: Path) -> None:
+    scan()(folder)
+    with h5py.File(folder / "a.h5", "r+") as file:
+        del file["sinogram"]
 
 
 def other_schema(folder: Path) -> None:
-    scan_into(folder, {})
+    scan()(folder)
     with h5py.File(folder / "a.h5", "r+") as file:
         about = json.loads(file["about"][()])
         del file["about"]
@@ -269,6 +277,11 @@ HOSTILE = {
         "not arc-corrected",
     ),
     "tilted NIfTI": Case(oblique, "a.nii", "tilted by 17 degrees"),
+    "NaN in a data set": Case(scan(values=holed()), "a.h5", "its sinogram holds NaN or infinite values"),
+    "NaN in our .npz": Case(scan("a.npz", holed()), "a.npz", "its sinogram holds NaN or infinite values"),
+    "NaN in our .mat": Case(scan("a.mat", holed()), "a.mat", "its sinogram holds NaN or infinite values"),
+    "NaN in the correction": Case(scan(acf=holed()), "a.h5", "its acf holds NaN or infinite values"),
+    "data set without slices": Case(no_slices, "a.h5", "it holds neither a sinogram nor an image"),
     "another schema": Case(other_schema, "a.h5", "its layout is 'allpet-scan 9'"),
     "negative prompts": Case(
         scan(values=SINOGRAMS - 1, state=("prompts",)), "a.h5", "its state is prompts, which are counts", converts=True
@@ -333,6 +346,20 @@ def test_hostile_input_gets_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
             assert main(["convert", str(folder), str(tmp_path / "set.h5")]) == 1
             answer = capsys.readouterr().err
             assert re.fullmatch(r"ERROR  [^\n]+: [^\n]+; [^\n]+\.\n", answer), answer
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["NaN in a data set", "data set without slices", "another schema", "truncated HDF5"])
+@pytest.mark.parametrize("command", ["info", "export"])
+def test_one_damaged_file_gets_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, command: str
+) -> None:
+    HOSTILE[name].make(tmp_path)
+    (path,) = tmp_path.glob("*.h5")
+    before = contents(tmp_path)
+    out = [str(tmp_path / "out.hs")] if command == "export" else []
+    assert main([command, str(path), *out]) == 1
+    assert re.fullmatch(rf"ERROR  {re.escape(str(path))}: [^\n]+; [^\n]+\.\n", capsys.readouterr().err)
     assert contents(tmp_path) == before
 
 

@@ -70,7 +70,6 @@ def test_writing_is_measured(report: ModuleType) -> None:
     assert 100 < found["peak_mb"] < 1500
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="nothing is recorded")
 def test_the_record_keeps_what_is_promised() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     assert len(record["seeds"]) >= 40

@@ -8,6 +8,7 @@ works on images of the geometry's own pixels with as many bins as columns and bi
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from allpet import ParallelBeam, fbp
 
 
-class Peer:
+class Peer(ABC):
     """A projector of some views, one image at a time unless it can do better.
 
     Args:
@@ -35,6 +36,22 @@ class Peer:
         """Views first, first + step, ... of all."""
         return type(self)(self.geometry, slice(first, None, step))
 
+    @abstractmethod
+    def project(self, image: Tensor) -> Tensor:
+        """``(batch, 1, rows, columns) -> (batch, 1, views, bins)``."""
+
+    @abstractmethod
+    def backproject(self, sinogram: Tensor) -> Tensor:
+        """``(batch, 1, views, bins) -> (batch, 1, rows, columns)``."""
+
+    def fbp(self, sinogram: Tensor) -> Tensor:
+        """Filtered backprojection with a Hann window, ``(batch, 1, views, bins) -> (batch, 1, rows, columns)``."""
+        return fbp(self, sinogram)  # type: ignore[arg-type]
+
+
+class Loop(Peer):
+    """A peer that takes one image at a time."""
+
     def project(self, image: Tensor) -> Tensor:
         """``(batch, 1, rows, columns) -> (batch, 1, views, bins)``."""
         return torch.stack([self.project_one(one) for one in image[:, 0]])[:, None]
@@ -43,20 +60,16 @@ class Peer:
         """``(batch, 1, views, bins) -> (batch, 1, rows, columns)``."""
         return torch.stack([self.backproject_one(one) for one in sinogram[:, 0]])[:, None]
 
-    def fbp(self, sinogram: Tensor) -> Tensor:
-        """Filtered backprojection with a Hann window, ``(batch, 1, views, bins) -> (batch, 1, rows, columns)``."""
-        return fbp(self, sinogram)  # type: ignore[arg-type]
-
+    @abstractmethod
     def project_one(self, image: Tensor) -> Tensor:
         """``(rows, columns) -> (views, bins)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backproject_one(self, sinogram: Tensor) -> Tensor:
         """``(views, bins) -> (rows, columns)``."""
-        raise NotImplementedError
 
 
-class AstraLoop(Peer):
+class AstraLoop(Loop):
     """A loop over ASTRA's 2D calls: Joseph's kernel on the CPU, or its CUDA projector."""
 
     def __init__(self, geometry: ParallelBeam, views: slice = slice(None), kernel: str = "linear") -> None:
@@ -124,7 +137,7 @@ class ScipyCSR(Peer):
         return torch.from_numpy((self.transpose @ columns).T.copy()).view(len(sinogram), 1, *self.geometry.image_shape)
 
 
-class ScikitImage(Peer):
+class ScikitImage(Loop):
     """``skimage.transform.radon``, and ``iradon`` without filter."""
 
     def project_one(self, image: Tensor) -> Tensor:

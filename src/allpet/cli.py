@@ -101,7 +101,7 @@ class AllpetCLI(LightningCLI):
         keep = options.root is not None and not config.trainer.fast_dev_run
         try:
             data = self._load_data(config) if fit else None
-            weights = _resolve_pretrained(config, data_hash=data.data_hash if data else None)  # type: ignore[attr-defined]
+            weights = _resolve_pretrained(config, data.stage1_data_hash if data else None)  # type: ignore[attr-defined]
             if keep and data:
                 key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
                 self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
@@ -268,8 +268,6 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
     """Put pretrained folders in the place of roots; return the hash of the weights that are built upon."""
     arguments, hashes = config.model.get("init_args") or Namespace(), []
-    if str(config.model.get("class_path", "")).endswith("LatentBridge"):
-        data_hash = None  # pairs are other data than those that the stages were trained on
     for key, wanted in (("autoencoder", data_hash), ("folder", None)):
         if isinstance(arguments.get(key), (str, Path)):
             arguments[key] = str(runs.newest_pretrained(arguments[key], wanted))

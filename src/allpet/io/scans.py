@@ -131,13 +131,19 @@ def scan_from(about: Mapping[str, Any], arrays: Mapping[str, np.ndarray], file: 
         file: for the sentence.
 
     Raises:
-        DataError: if they do not fit together, or come from a newer version.
+        DataError: if they do not fit together, are empty or not finite, or come from a newer version.
     """
     from allpet.geometry import ParallelBeam
 
     schema = about.get("schema", SCHEMA)
     if schema != SCHEMA:
         raise DataError(file, f"its layout is {schema!r}, not {SCHEMA!r}", "read it with the version that wrote it")
+    for name, array in arrays.items():
+        what = about.get("kind") or "sinogram" if name == "values" else name
+        if array.size == 0:
+            raise DataError(file, f"its {what} is empty", "write it again")
+        if not np.isfinite(array).all():
+            raise DataError(file, f"its {what} holds NaN or infinite values", "remove or repair them")
     try:
         geometry = about.get("geometry")
         return Scan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
-class CosineSystem(LightningModule):
+class CosineSystem(LightningModule, ABC):
     """A system trained with linear warm-up and a cosine decay to zero at the planned last step.
 
     Args:
@@ -48,9 +49,9 @@ class CosineSystem(LightningModule):
         self.optimizer, self.others_factor = optimizer, others_factor
 
     @property
+    @abstractmethod
     def backbone(self) -> nn.Module:
         """The network that is trained, without discriminators and the like."""
-        raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
         """Optimise the trainable parameters; the trainer knows how many steps are planned.

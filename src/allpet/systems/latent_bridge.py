@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from allpet.diffusion.bridge import Bridge
@@ -25,8 +25,9 @@ from allpet.prompts import TRACERS, Prompt, prompt_index
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, PairedBatch
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import CosineSystem, OptimizerName
+from allpet.systems.base import OptimizerName
 from allpet.systems.latent_diffusion import LatentDiffusion
+from allpet.systems.latents import Aside, LatentSystem
 
 LABEL_SIZE = len(TASKS) + len(TRACERS) + 2
 """Length of ``Denoiser``'s label: task, tracer of the target, delay in hours, -log10 of the dose."""
@@ -142,17 +143,7 @@ class Restored(NamedTuple):
     samples: Tensor
 
 
-class _Aside:
-    """The frozen autoencoder, outside the module tree: not trained, not checkpointed, not copied by averaging."""
-
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Aside:
-        return self
-
-
-class LatentBridge(CosineSystem):
+class LatentBridge(LatentSystem):
     """A bridge between latents of the given and the wanted sinogram (DDBM, arXiv 2309.16948; endpoint-aware form).
 
     The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
@@ -200,7 +191,7 @@ class LatentBridge(CosineSystem):
         super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
         if target not in ("noisy", "expected"):
             raise ValueError(f"target is {target!r}, but must be 'noisy' or 'expected'.")
-        self.geometry: ParallelBeam | None = None
+        self.geometry = None
         trained: Denoiser | None = None
         if isinstance(autoencoder, (str, Path)):
             autoencoder, self.geometry, trained = _load_stages(Path(autoencoder))
@@ -213,21 +204,11 @@ class LatentBridge(CosineSystem):
             )
         if initialise and trained is not None:
             start_from(denoiser, trained)
-        self._aside = _Aside(autoencoder)
+        self._aside = Aside(autoencoder)
         self.denoiser, self.bridge, self.target, self.sampling, self.seed = denoiser, bridge, target, sampling, seed
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
         self.register_buffer("input_ratio", torch.ones(()))
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """The frozen stage-1 network, on this module's device."""
-        return self._aside.autoencoder.to(self.device)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The denoiser."""
-        return self.denoiser
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -244,17 +225,12 @@ class LatentBridge(CosineSystem):
         """Take the geometry from the data module.
 
         Raises:
-            ValueError: if the data are no pairs, or stage 1 was trained on another geometry.
+            ValueError: if its slices are no pairs, or stage 1 was trained on another geometry.
         """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        geometry = getattr(data, "geometry", None)
-        if geometry is None:
-            return
-        if self.geometry is not None and self.geometry != geometry:
-            raise ValueError(
-                f"Stage 1 was trained on {self.geometry}, the pairs are {geometry}: give both the same geometry."
-            )
-        self.geometry = geometry
+        if data is not None and not isinstance(data.train_set[[0]], PairedBatch):
+            raise ValueError(f"{type(data).__name__} gives no pairs to learn from: use --data data_modules.PairedTask.")
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
@@ -289,7 +265,7 @@ class LatentBridge(CosineSystem):
         self._log_errors("val", batch, BridgeSampling(nfe=1))
 
     def test_step(self, batch: PairedBatch, batch_idx: int) -> None:
-        """Log the errors of input and result against the expected target."""
+        """Log the errors of the result, and of the input at the targets' scale, against the expected target."""
         self._log_errors("test", batch, self.sampling)
 
     def predict_step(self, batch: PairedBatch, batch_idx: int) -> Restored:
@@ -427,13 +403,9 @@ class LatentBridge(CosineSystem):
             ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
             shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
             if shown.any():
-                errors = {
-                    "relative_l2": relative_l2(ours[shown], truth[shown]),
-                    "psnr": psnr(ours[shown], truth[shown]),
-                }
-                for what, values in errors.items():
-                    size = int(shown.sum())
-                    self.log(f"{stage}/{what}{name}", values.mean(), batch_size=size, sync_dist=True)
+                for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
+                    value, size = metric(ours[shown], truth[shown]).mean(), int(shown.sum())
+                    self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
 
     def _targets(self, batch: PairedBatch) -> Tensor:
         return batch.noisy if self.target == "noisy" else batch.expected

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from allpet.batches import PromptBatch, SinogramBatch
@@ -24,7 +24,8 @@ from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import CosineSystem, OptimizerName
+from allpet.systems.base import OptimizerName
+from allpet.systems.latents import Aside, LatentSystem
 
 
 @dataclass(frozen=True)
@@ -91,27 +92,23 @@ class Samples(NamedTuple):
     geometry: ParallelBeam
 
 
-class _Aside:
-    """What lies outside the module tree: not trained, not checkpointed, not copied by weight averaging.
+class _Aside(Aside):
+    """The autoencoder, and what it made of the training slices.
 
     Attributes:
-        autoencoder: the frozen stage-1 network.
         latents: of the training slices, ``(slices, views, latent_channels, rows, columns)``; None before a fit.
         labels: of the symmetries drawn for each view, ``(slices, views, label_size)``; None without symmetries.
         row: of each sample id in ``latents``.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        super().__init__(autoencoder)
         self.latents: Tensor | None = None
         self.labels: Tensor | None = None
         self.row: dict[int, int] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Aside:
-        return self
 
-
-class LatentDiffusion(CosineSystem):
+class LatentDiffusion(LatentSystem):
     """Latent diffusion with prompts (Rombach et al., arXiv 2112.10752, on the stacks of arXiv 2509.09130).
 
     Args:
@@ -146,7 +143,7 @@ class LatentDiffusion(CosineSystem):
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
-        self.geometry: ParallelBeam | None = None
+        self.geometry = None
         if isinstance(autoencoder, (str, Path)):
             stage1 = AutoencoderSystem.from_pretrained(autoencoder)
             autoencoder, self.geometry = stage1.autoencoder, stage1.geometry
@@ -155,7 +152,7 @@ class LatentDiffusion(CosineSystem):
                 f"The autoencoder has {autoencoder.latent_channels} latent channels and the denoiser "
                 f"{denoiser.latent_channels}: give the denoiser the autoencoder's number."
             )
-        self._aside = _Aside(autoencoder)
+        self._aside: _Aside = _Aside(autoencoder)
         if not 0 <= prompt_dropout <= 1 / 3:
             raise ValueError(f"prompt_dropout is {prompt_dropout}, but each of three cases can have at most 1/3.")
         if latent_views < 0:
@@ -163,35 +160,9 @@ class LatentDiffusion(CosineSystem):
         self.denoiser, self.diffusion, self.sampling, self.latent_views = denoiser, diffusion, sampling, latent_views
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """The frozen stage-1 network, on this module's device."""
-        return self._aside.autoencoder.to(self.device)
-
     def forward(self, noisy: Tensor, time: Tensor, prompt: Prompt, label: Tensor | None = None) -> Tensor:
         """Predict the training target of noisy latents; shapes as in ``Denoiser``."""
         return self.denoiser(noisy, time, prompt, label=label)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The denoiser."""
-        return self.denoiser
-
-    def setup(self, stage: str) -> None:
-        """Take the geometry from the data module.
-
-        Raises:
-            ValueError: if stage 1 was trained on another geometry.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        geometry = getattr(data, "geometry", None)
-        if geometry is None:
-            return
-        if self.geometry is not None and self.geometry != geometry:
-            raise ValueError(
-                f"Stage 1 was trained on {self.geometry}, the data are {geometry}: train stage 1 on these data first."
-            )
-        self.geometry = geometry
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
