@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from allpet import (
     Autoencoder,
@@ -18,12 +19,15 @@ from allpet import (
     LatentBridge,
     LatentDiffusion,
     ParallelBeam,
+    Prompt,
+    Radon,
+    RadonMaskAugmentation,
     SinogramBatch,
 )
 from allpet.diffusion.preconditioning import LARGEST_CORRELATION
 from allpet.metrics import relative_l2
 from allpet.systems.latent_bridge import LABEL_SIZE, start_from
-from data_modules import PairedTask
+from data_modules import PairedTask, SimulatedPET
 
 GEOMETRY = ParallelBeam(16, 20, 21.6, 20, 21.6)
 
@@ -48,20 +52,26 @@ def data() -> PairedTask:
     return pairs()
 
 
+def drawn_stacks(sinogram: torch.Tensor) -> torch.Tensor:
+    """Stacks with masks as stage 1 sees them in training, ``(batch, 3, views, bins)``."""
+    masks = RadonMaskAugmentation(Radon(GEOMETRY))
+    return masks.apply(sinogram, masks.draw(len(sinogram), torch.Generator().manual_seed(3))).stack
+
+
 @pytest.fixture(scope="module")
 def autoencoder(data: PairedTask) -> Autoencoder:
-    """A stage 1 that reconstructs roughly."""
+    """A stage 1 that has learned stacks with drawn masks, roughly."""
     torch.manual_seed(1)
     system = AutoencoderSystem(Autoencoder((16, 32), patch=2), learning_rate=3e-3, warmup_steps=2)
     system.autoencoder.scaling.set_scale(data.scale)
     optimizer = torch.optim.AdamW(system.parameters(), 3e-3)
     pair = data.train_set[list(range(16))]
     both = torch.cat([pair.noisy, pair.expected, pair.input])
-    stack = system.autoencoder.scaling(torch.cat([both, both, 0 * both], 1))
-    for _ in range(120):
+    for _ in range(150):
+        stack = system.autoencoder.scaling(drawn_stacks(both))
         optimizer.zero_grad()
         decoded, _ = system.autoencoder(stack)
-        (decoded.full - stack[:, 1:2]).abs().mean().backward()
+        (decoded.stack - stack).abs().mean().backward()
         optimizer.step()
     batch = SinogramBatch(both, None, pair.prompt, pair.sample_id, pair.patient_id)
     mean, std = system.measure_latents([batch])
@@ -85,6 +95,18 @@ def fitted(data: PairedTask, autoencoder: Autoencoder, folder: Path, steps: int,
     system = bridge(autoencoder, **given)
     trainer(folder, steps).fit(system, datamodule=data)
     return system.eval()
+
+
+def test_pairs_are_encoded_as_well_as_the_stacks_stage_1_has_learned(data, autoencoder):
+    expected = data.val_set[list(range(8))].expected
+    system, shape = bridge(autoencoder), GEOMETRY.sinogram_shape
+
+    def error(latent: torch.Tensor) -> float:
+        full = autoencoder.scaling.inverse(autoencoder.decode(latent, shape).full)
+        return float(relative_l2(full, expected).mean())
+
+    drawn = autoencoder.encode_mean(autoencoder.scaling(drawn_stacks(expected)))
+    assert error(system._encode(expected)) < 1.25 * error(drawn)
 
 
 def test_untrained_it_is_the_linear_regression_of_each_channel(data, autoencoder, tmp_path):
@@ -152,27 +174,35 @@ def test_inputs_of_another_scale_are_brought_to_that_of_the_targets(autoencoder,
     assert 0.02 < float(system.input_ratio) < 0.7  # attenuated sinograms are several times less
 
 
-def test_resumed_is_uninterrupted_and_exported_is_the_same(data, autoencoder, tmp_path):
-    whole = fitted(data, autoencoder, tmp_path, 8)
-    torch.manual_seed(2)
-    half = bridge(autoencoder)
-    first = trainer(tmp_path, 4)
-    first.fit(half, datamodule=data)
-    first.save_checkpoint(tmp_path / "half.ckpt")
-    torch.manual_seed(3)
-    rest = bridge(autoencoder)
-    # the cosine's end is part of the plan: both runs plan 8 steps
-    scheduled = trainer(tmp_path, 8)
-    scheduled.fit(rest, datamodule=data, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    torch.testing.assert_close(rest.moments, whole.moments, rtol=0, atol=0)
-    assert scheduled.global_step == 8
+def test_a_resumed_run_equals_an_uninterrupted_one(data, autoencoder, tmp_path):
+    """Interrupted in the middle of the second epoch of four batches."""
+    systems = []
+    for steps, checkpoint in ((7, None), (7, tmp_path / "kept" / "epoch=1-step=6.ckpt")):
+        torch.manual_seed(2 if checkpoint is None else 3)
+        keep = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_train_steps=6) if checkpoint is None else None
+        fit = trainer(tmp_path, steps, callbacks=[keep] if keep else [], enable_checkpointing=keep is not None)
+        systems.append(bridge(autoencoder))
+        fit.fit(systems[-1], datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        assert fit.global_step == 7
+    whole, rest = (system.state_dict() for system in systems)
+    for name, value in whole.items():
+        torch.testing.assert_close(rest[name], value, rtol=0, atol=0, msg=name)
 
-    whole.save_pretrained(tmp_path / "out")
-    loaded = LatentBridge.from_pretrained(tmp_path / "out", BridgeSampling(nfe=3))
+
+def test_what_is_exported_does_the_same(data, autoencoder, tmp_path):
+    system = fitted(data, autoencoder, tmp_path, 3)
+    system.save_pretrained(tmp_path / "out")
+    loaded = LatentBridge.from_pretrained(tmp_path / "out")
     batch = data.val_set[[0, 1]]
-    ours, theirs = (s._restore_pairs(batch, BridgeSampling(nfe=3)).mean for s in (whole, loaded))
+    ours, theirs = (one._restore_pairs(batch, BridgeSampling(nfe=3)).mean for one in (system, loaded))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert loaded.geometry == GEOMETRY
+
+
+def test_slices_without_partners_are_refused(autoencoder, tmp_path):
+    data = SimulatedPET(GEOMETRY, num_scans=4, slices_per_patient=2, val_patients=1, test_patients=1, cache=None)
+    with pytest.raises(ValueError, match=r"SimulatedPET gives no pairs .* use --data data_modules\.PairedTask"):
+        trainer(tmp_path, 1).fit(bridge(autoencoder), datamodule=data)
 
 
 def test_it_starts_from_stage_2(autoencoder, tmp_path):
@@ -182,11 +212,7 @@ def test_it_starts_from_stage_2(autoencoder, tmp_path):
     stage2.geometry = GEOMETRY
     stage2.save_pretrained(tmp_path / "ldm")
     system = bridge(str(tmp_path / "ldm"))
-    latent, time, prompt = (
-        torch.randn(2, 4, 5, 5),
-        torch.tensor([3.0, 700.0]),
-        Condition.of("low_dose", ["FDG:brain"] * 2).prompt,
-    )
+    latent, time, prompt = torch.randn(2, 4, 5, 5), torch.tensor([3.0, 700.0]), Prompt.of(["FDG:brain"] * 2)
     for network in (system.denoiser, small):
         network.unet.conv_out.weight.data.fill_(0.01)
         network.unet.conv_out.bias.data.zero_()
