@@ -13,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from allpet.batches import unmasked_stack
 from allpet.diffusion.bridge import Bridge
 from allpet.diffusion.bridge_samplers import sample_dbim
 from allpet.diffusion.preconditioning import PairStatistics, Preconditioning, measure_pairs
@@ -419,11 +420,7 @@ class LatentBridge(LatentSystem):
 
     @torch.no_grad()
     def _encode(self, sinogram: Tensor) -> Tensor:
-        scaled = self.autoencoder.scaling(sinogram)
-        # An empty mask: those drawn in training cover a small part, so that all but nothing is negative. A full one
-        # would be far from what the encoder knows.
-        stack = torch.cat([torch.zeros_like(scaled), scaled, scaled], dim=1)
-        return self.autoencoder.encode_mean(stack).float()
+        return self.autoencoder.encode_mean(self.autoencoder.scaling(unmasked_stack(sinogram))).float()
 
 
 def start_from(denoiser: Denoiser, trained: Denoiser) -> None:
