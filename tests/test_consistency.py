@@ -62,6 +62,39 @@ def test_helgason_ludwig_sees_what_no_image_causes(clean: torch.Tensor) -> None:
     assert residual(roll_views(clean, 50)) == pytest.approx(residual(clean), rel=0.05)
 
 
+@pytest.mark.parametrize("n_max", [0, 1, 8, 20])
+def test_correction_removes_forbidden_moments_and_nothing_else(clean: torch.Tensor, n_max: int) -> None:
+    noisy = poisson(clean, 1e5, 2)
+    corrected = consistency.helgason_ludwig_correction(noisy, n_max)
+    assert consistency.helgason_ludwig_residual(corrected, GEOMETRY, n_max).max() < 1e-5
+    assert consistency.row_sum_variation(corrected).max() < 1e-5
+    if n_max >= 1:
+        assert consistency.centre_residual(corrected, GEOMETRY).max() < 1e-6
+    twice = consistency.helgason_ludwig_correction(corrected, n_max)
+    torch.testing.assert_close(twice, corrected, atol=1e-4 * float(noisy.max()), rtol=0)
+    assert relative_error(consistency.helgason_ludwig_correction(clean, n_max), clean) < 1e-4
+    turned = consistency.helgason_ludwig_correction(roll_views(noisy, 70), n_max)
+    torch.testing.assert_close(turned, roll_views(corrected, 70), atol=1e-4 * float(noisy.max()), rtol=0)
+
+
+def test_correction_brings_noisy_sinograms_nearer_to_the_truth(clean: torch.Tensor) -> None:
+    noisy = poisson(clean, 1e5, 8)
+    expected = (clean.clamp_min(0) * (1e5 / clean.sum())).expand_as(noisy)
+    corrected = consistency.helgason_ludwig_correction(noisy)
+    assert ((corrected - expected).flatten(1).norm(dim=1) < (noisy - expected).flatten(1).norm(dim=1)).all()
+
+
+def test_correction_is_computed_in_float32_whatever_the_autocast(clean: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = consistency.helgason_ludwig_correction(clean)
+    torch.testing.assert_close(mixed, consistency.helgason_ludwig_correction(clean))
+
+
+def test_a_correction_beyond_what_the_bins_can_tell_is_refused(clean: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"n_max is 33, but must lie in 0..32 for 180 views of 128 bins"):
+        consistency.helgason_ludwig_correction(clean, 33)
+
+
 def test_half_turn_over_a_full_turn(clean: torch.Tensor) -> None:
     full = extend(clean)
     assert consistency.half_turn_residual(full, GEOMETRY) == 0

@@ -12,6 +12,7 @@ Functions take ``(batch, 1, views, bins)`` over half a turn unless they say othe
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,20 +36,69 @@ def helgason_ludwig_residual(sinogram: Tensor, geometry: ParallelBeam, n_max: in
     """
     p = _single(sinogram, geometry)
     n_views, n_bins = p.shape[-2:]
-    orders = torch.arange(n_max + 1, dtype=torch.float64)
-    # The integral of U_n over a bin is the difference of T_{n+1} / (n + 1) at its edges.
-    edges = torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64)
-    antiderivative = torch.cos((orders + 1) * torch.acos(edges)[:, None]) / (orders + 1)
-    moments = p @ antiderivative.diff(dim=0).to(p)
-    # U_n has the parity of n, so the moments continue over the second half turn with the sign (-1)^n.
-    sign = (1 - 2 * (orders % 2)).to(p)
-    spectrum = torch.fft.rfft(torch.cat([moments, sign * moments], dim=1), dim=1)
+    moments, _ = _chebyshev(n_bins, n_max)
+    spectrum, forbidden = _moment_spectrum(p @ moments.to(p))
     power = spectrum.real.square() + spectrum.imag.square()
     # Every harmonic but the first and the last stands for two.
     harmonic = torch.arange(n_views + 1, device=p.device)
     power = power * torch.where((harmonic == 0) | (harmonic == n_views), 1.0, 2.0)[:, None]
-    forbidden = harmonic[:, None] > orders.to(p.device)
     return _ratio((power * forbidden).sum((1, 2)), power.sum((1, 2))).sqrt()
+
+
+def helgason_ludwig_correction(sinogram: Tensor, n_max: int = 20) -> Tensor:
+    """Remove from the first radial moments what no image could have caused.
+
+    Afterwards every moment g_n, n <= n_max, of ``helgason_ludwig_residual`` has its allowed harmonics only: each view
+    has the same sum and the centres of mass lie on a sinusoid. What is subtracted is the combination of
+    sqrt(1 - (s / R)^2) U_k(s / R), k <= n_max, with the forbidden parts of the moments, which vanishes at the edge of
+    the field of view and is of second order in the smoothness of the error. It is linear, a projection, and costs two
+    small matrix products and an FFT along the views, so it serves as a layer of a network, too.
+
+    Args:
+        sinogram: ``(batch, channel, views, bins)`` over half a turn, linear units; channels are treated alike.
+        n_max: highest moment, at most a quarter of the bins: polynomials of higher degree only see the edge.
+
+    Returns:
+        the same shape and units; faint sinograms may turn slightly negative.
+
+    Raises:
+        ValueError: if there are too few bins or views for ``n_max``.
+    """
+    n_views, n_bins = sinogram.shape[-2:]
+    limit = min(n_bins // 4, n_views - 1)
+    if not 0 <= n_max <= limit:
+        raise ValueError(f"n_max is {n_max}, but must lie in 0..{limit} for {n_views} views of {n_bins} bins.")
+    weights, dual = (matrix.to(sinogram.device, torch.float32) for matrix in _chebyshev(n_bins, n_max))
+    with torch.autocast(sinogram.device.type, enabled=False):
+        p = sinogram.float().flatten(0, 1)
+        spectrum, forbidden = _moment_spectrum(p @ weights)
+        excess = torch.fft.irfft(spectrum * forbidden, n=2 * n_views, dim=1)[:, :n_views]
+        return (p - excess @ dual.T).view_as(sinogram).to(sinogram.dtype)
+
+
+@lru_cache(maxsize=16)
+def _chebyshev(n_bins: int, n_max: int) -> tuple[Tensor, Tensor]:
+    """Weights that give the moments of order 0..n_max, and their dual, both ``(bins, n_max + 1)``, float64.
+
+    The dual's k-th column has the k-th moment 1 and the others 0.
+    """
+    orders = torch.arange(n_max + 1, dtype=torch.float64)
+    # The integral of U_n over a bin is the difference of T_{n+1} / (n + 1) at its edges.
+    edges = torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64)
+    weights = (torch.cos((orders + 1) * torch.acos(edges)[:, None]) / (orders + 1)).diff(dim=0)
+    # sqrt(1 - s^2) U_n(s) = sin((n + 1) arccos(s)), orthogonal to U_m for m != n
+    shapes = torch.sin((orders + 1) * torch.acos((edges[1:] + edges[:-1]) / 2)[:, None])
+    return weights, shapes @ torch.linalg.inv(weights.T @ shapes)
+
+
+def _moment_spectrum(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Angular spectrum of moments ``(batch, views, orders)`` over a full turn, and which harmonics are forbidden."""
+    n_views, n_orders = moments.shape[1:]
+    orders = torch.arange(n_orders, device=moments.device)
+    # U_n has the parity of n, so the moments continue over the second half turn with the sign (-1)^n.
+    sign = (1 - 2 * (orders % 2)).to(moments)
+    spectrum = torch.fft.rfft(torch.cat([moments, sign * moments], dim=1), dim=1)
+    return spectrum, torch.arange(n_views + 1, device=moments.device)[:, None] > orders
 
 
 def half_turn_residual(sinogram: Tensor, geometry: ParallelBeam | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
+from allpet.consistency import helgason_ludwig_correction
 from allpet.models.layers import moebius_pad
 from allpet.scaling import Scaling
 
@@ -68,6 +69,9 @@ class Autoencoder(nn.Module):
         seam: views of the flipped continuation (p(theta + pi, s) = p(theta, -s)) that are added at both ends before
             encoding and cropped after decoding; a multiple of the shrinking factor.
         stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks).
+        range_order: the decoder's last layer removes from f what no image could have caused in its first
+            ``range_order`` + 1 radial moments (``consistency.helgason_ludwig_correction``); None leaves f as it is, as
+            attenuated sinograms, which do not fulfil these conditions, need.
 
     Raises:
         ValueError: if ``seam`` does not fit the shrinking factor.
@@ -84,6 +88,7 @@ class Autoencoder(nn.Module):
         patch: int = 1,
         seam: int = 0,
         stack_channels: int = 3,
+        range_order: int | None = None,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -93,11 +98,13 @@ class Autoencoder(nn.Module):
             "patch": patch,
             "seam": seam,
             "stack_channels": stack_channels,
+            "range_order": range_order,
         }
         self.factor = patch * 2 ** (len(channels) - 1)
         if seam % self.factor:
             raise ValueError(f"seam is {seam} views, but must be a multiple of {self.factor}, the shrinking factor.")
         self.patch, self.seam, self.latent_channels, self.stack_channels = patch, seam, latent_channels, stack_channels
+        self.range_order = range_order
         # GroupNorm needs groups that divide every width.
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if all(width % n == 0 for width in channels))
         shared: dict[str, Any] = {
@@ -194,6 +201,8 @@ class Autoencoder(nn.Module):
         output = output[:, :, self.seam : self.seam + shape[0], : shape[1]]
         # Activity cannot be negative; beta makes softplus close to a hinge on the scale of the data (about 0..1).
         full = F.softplus(output[:, :1], beta=10.0)
+        if self.range_order is not None:
+            full = helgason_ludwig_correction(full, self.range_order).clamp(min=0)
         mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.ones_like(full)
         return Decoded(full, mask)
 
