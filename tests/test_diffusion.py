@@ -7,10 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from allpet.diffusion.guidance import drop_prompt, guide
 from allpet.diffusion.samplers import SAMPLERS, draw_noise, draw_samples, sample_ddim, sample_ddpm
 from allpet.diffusion.schedule import Diffusion
-from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 
 MEAN, STD = 0.7, 0.4
@@ -309,26 +307,3 @@ def test_the_callback_sees_every_step_and_ends_at_the_sample():
 def test_sampling_refuses_an_impossible_number_of_steps():
     with pytest.raises(ValueError, match=r"steps is 0, but must lie in 1\.\.1000"):
         sample_ddim(exact_denoiser(Diffusion()), (1, 2, 2), generators(1), Diffusion(), steps=0)
-
-
-def test_guidance_extrapolates_from_the_open_prompt():
-    prompt = Prompt.of(["FDG:brain", "PSMA:abdomen"])
-
-    def predict(latent, time, prompt):
-        return latent + (prompt.tracer + 10 * prompt.region).view(-1, 1)
-
-    latent, time = torch.zeros(2, 1), torch.zeros(2)
-    answer = predict(latent, time, prompt)
-    torch.testing.assert_close(guide(predict, prompt, 1)(latent, time), answer)
-    torch.testing.assert_close(guide(predict, prompt, 0)(latent, time), torch.zeros(2, 1))
-    torch.testing.assert_close(guide(predict, prompt, 2.5)(latent, time), 2.5 * answer)
-
-
-def test_prompts_are_left_open_as_often_as_asked():
-    n, share = 60_000, 0.1
-    prompt = Prompt(torch.full((n,), 2), torch.full((n,), 3))
-    dropped = drop_prompt(prompt, share, torch.rand(n, generator=torch.Generator().manual_seed(0)))
-    no_tracer, no_region = dropped.tracer == 0, dropped.region == 0
-    for case in (no_tracer & ~no_region, no_region & ~no_tracer, no_tracer & no_region):
-        assert abs(case.double().mean() - share) < 0.005
-    assert (drop_prompt(prompt, 0.0, torch.zeros(n)).tracer == 2).all()

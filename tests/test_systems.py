@@ -1,6 +1,7 @@
 """The training recipes: what is learned, what is resumed, what is exported, what is sampled."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,23 @@ def test_samples_depend_on_seed_and_prompt_alone():
     assert not torch.allclose(other.sinogram[0], system.sample(prompt, [1, 2, 3], Sampling(steps=4)).sinogram[0])
 
 
+def test_guidance_is_chosen_at_sampling():
+    system = stage2(stage1().autoencoder).eval()
+    torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
+    prompt = Prompt.of(["FDG:brain"])
+    choices = (
+        Sampling("ddim", 4),
+        Sampling("ddim", 4, guidance=3.0),
+        Sampling("ddim", 4, guidance=1.0, region_guidance=3.0),
+        Sampling("ddim", 4, guidance=3.0, guidance_interval=(0.2, 0.8)),
+    )
+    stacks = [system.sample(prompt, [1], sampling).stack for sampling in choices]
+    for i, stack in enumerate(stacks):
+        assert all(not torch.allclose(stack, other) for other in stacks[:i])
+    never = replace(choices[1], guidance_interval=(0.3, 0.4))
+    assert torch.equal(system.sample(prompt, [1], never).stack, stacks[0]), "no time of four lies there"
+
+
 def test_views_and_bins_are_chosen_at_sampling():
     system = stage2(stage1().autoencoder).eval()
     prompt = Prompt.of(["FDG:brain"] * 2)
@@ -308,6 +326,8 @@ def test_counting_noise_keeps_its_total_where_resampling_undershoots():
     [
         ({"sampler": "euler"}, "sampler is 'euler', but must be one of ddpm, ddim, dpm"),
         ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is \\(0.8, 0.2\\), but must be"),
+        ({"guidance_interval": (0.2, 80)}, "share of the last time"),
         ({"n_views": 0}, "n_views is 0"),
         ({"n_bins": -5}, "n_bins is -5"),
         ({"batch_size": 0}, "batch_size is 0"),
