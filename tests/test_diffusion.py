@@ -1,15 +1,14 @@
 """The diffusion process, its samplers and guidance, checked without any network."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from allpet.diffusion.guidance import drop_prompt, guide
-from allpet.diffusion.samplers import draw_noise, sample_ddim, sample_ddpm
+from allpet.diffusion.samplers import SAMPLERS, draw_noise, draw_samples, sample_ddim, sample_ddpm
 from allpet.diffusion.schedule import Diffusion
-from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 
 MEAN, STD = 0.7, 0.4
@@ -23,12 +22,20 @@ def exact_denoiser(diffusion: Diffusion):
     """The best prediction possible for x_0 ~ N(MEAN, STD^2), from the formula of the Gaussian posterior."""
 
     def denoise(latent, time):
-        alpha, sigma = (table[time].float().view(-1, 1, 1, 1) for table in diffusion.alpha_sigma)
+        alpha, sigma = (values.float().view(-1, 1, 1, 1) for values in diffusion.coefficients(time))
         clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (latent - alpha * MEAN)
         noise = (latent - alpha * clean) / sigma
-        return noise if diffusion.prediction == "epsilon" else alpha * noise - sigma * clean
+        return {"epsilon": noise, "flow": noise - clean, "v_prediction": alpha * noise - sigma * clean}[
+            diffusion.prediction
+        ]
 
     return denoise
+
+
+def exact_end(diffusion: Diffusion, start: torch.Tensor) -> torch.Tensor:
+    """Where the probability flow of the exact denoiser takes the first noise: the same quantile of x_0."""
+    alpha, sigma = (float(values) for values in diffusion.coefficients(diffusion.sampling_times(1)[0]))
+    return MEAN + STD * (start - alpha * MEAN) / math.sqrt(alpha**2 * STD**2 + sigma**2)
 
 
 @pytest.mark.parametrize("schedule", ["squaredcos_cap_v2", "linear", "scaled_linear"])
@@ -43,7 +50,10 @@ def test_the_cosine_schedule_ends_in_noise():
     assert Diffusion().alpha_sigma[0][-1] < 1e-4
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+PREDICTIONS = ("v_prediction", "epsilon", "flow")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_perfect_prediction_gives_the_clean_latent_back(prediction):
     diffusion = Diffusion(prediction=prediction)
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +62,62 @@ def test_a_perfect_prediction_gives_the_clean_latent_back(prediction):
     noisy = diffusion.add_noise(clean, noise, time)
     restored = diffusion.to_clean(noisy, diffusion.target(clean, noise, time), time)
     torch.testing.assert_close(restored, clean, atol=2e-4, rtol=1e-4)
+
+
+def test_the_flow_is_the_straight_path_and_its_velocity():
+    flow = Diffusion(prediction="flow")
+    clean, noise = torch.randn(2, 5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    time = torch.tensor([0.0, 250.0, 333.3, 999.9, 1000.0])
+    share = (time / 1000).view(-1, 1, 1, 1)
+    noisy = flow.add_noise(clean, noise, time)
+    torch.testing.assert_close(noisy, (1 - share) * clean + share * noise)
+    torch.testing.assert_close(flow.target(clean, noise, time), noise - clean)
+    alpha, sigma = flow.coefficients(time)
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(alpha))
+    whole = torch.tensor([0, 250, 1000])
+    torch.testing.assert_close(torch.stack(flow.coefficients(whole)), torch.stack(flow.alpha_sigma)[:, whole])
+
+
+def test_x0_noise_velocity_and_flow_say_the_same_where_signal_to_noise_is_equal():
+    """One x_t, scaled between the paths, and one x_0: each prediction of it leads back to the same x_0."""
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(2, 9, 3, 2, 2, generator=generator)
+    vp, epsilon, flow = (Diffusion(prediction=prediction) for prediction in PREDICTIONS)
+    time = torch.arange(50, 950, 100)
+    alpha, sigma = vp.coefficients(time)
+    on_path = flow.n_steps * sigma / (alpha + sigma)
+    scale = (alpha + sigma).float().view(-1, 1, 1, 1)
+    noisy = vp.add_noise(clean, noise, time)
+    torch.testing.assert_close(flow.add_noise(clean, noise, on_path) * scale, noisy)
+    for process, x, t in ((vp, noisy, time), (epsilon, noisy, time), (flow, noisy / scale, on_path)):
+        guessed = process.to_clean(x, process.target(clean, noise, t), t)
+        torch.testing.assert_close(guessed, clean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_times_of_a_flow_are_any_numbers_with_the_same_moments(times):
+    flow, whole = (Diffusion(prediction=prediction, times=times) for prediction in ("flow", "v_prediction"))
+    drawn = flow.draw_times(20_000, torch.Generator().manual_seed(0))
+    other = whole.draw_times(20_000, torch.Generator().manual_seed(1)) + 0.5
+    assert drawn.dtype == torch.float32
+    assert float(drawn.min()) > 0
+    assert float(drawn.max()) <= 1000
+    assert len(drawn.unique()) > 19_000
+    assert abs(drawn.mean() - other.mean()) < 6 * 300 / 20_000**0.5
+    assert abs(drawn.std() / other.std() - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"prediction": "score"}, "prediction is 'score', but must be 'v_prediction', 'epsilon' or 'flow'"),
+        ({"times": "cosine"}, "times is 'cosine'"),
+        ({"spread": 0.0}, "spread 0.0, but both must be positive"),
+    ],
+)
+def test_impossible_processes_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Diffusion(**wrong)
 
 
 def test_uniform_training_times_cover_the_process():
@@ -69,7 +135,7 @@ def test_logit_normal_training_times_have_their_moments(location, spread):
     assert abs((share > 0.95).double().mean() - (1 - late)) < 0.005
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddpm_draws_the_distribution_of_an_exact_denoiser(prediction):
     diffusion = Diffusion(prediction=prediction)
     samples = sample_ddpm(exact_denoiser(diffusion), (1, 8, 8), generators(256), diffusion, steps=250)
@@ -117,11 +183,113 @@ def test_each_step_is_that_of_the_diffusers_library(prediction, eta):
         torch.testing.assert_close(following, theirs, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("sample", [sample_ddim, sample_ddpm])
-def test_a_sample_depends_on_its_generator_alone(sample):
-    diffusion = Diffusion()
-    together = sample(exact_denoiser(diffusion), (2, 4, 4), generators(5), diffusion, steps=7)
-    alone = sample(exact_denoiser(diffusion), (2, 4, 4), generators(5)[3:4], diffusion, steps=7)
+def test_a_step_of_ddim_is_a_step_of_euler_along_the_flow():
+    flow, seen = Diffusion(prediction="flow"), []
+
+    def denoise(latent, time):
+        seen.append((latent, float(time[0]) / flow.n_steps))
+        return torch.tanh(latent)
+
+    end = sample_ddim(denoise, (1, 4, 4), generators(3), flow, steps=7)
+    for (x, t), (following, s) in pairwise([*seen, (end, 0.0)]):
+        torch.testing.assert_close(following, x + (s - t) * torch.tanh(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm++2m", 2), ("unipc", 2)])
+def test_samplers_converge_to_the_exact_flow_in_their_order(prediction, sampler, order):
+    diffusion = Diffusion(prediction=prediction)
+    truth = exact_end(diffusion, draw_noise((1, 8, 8), generators(16), "cpu"))
+    errors = {}
+    for steps in (1, 5, 20, 160):
+        samples = draw_samples(sampler, exact_denoiser(diffusion), (1, 8, 8), generators(16), diffusion, steps)
+        errors[steps] = float((samples - truth).square().mean().sqrt())
+    assert errors[5] / errors[20] > 4 ** (order - 0.5), "two halvings of the step"
+    assert errors[160] < (6e-3 if order == 1 else 5e-4)
+    assert errors[1] == pytest.approx(STD, rel=0.1), "one call returns the mean"
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_mean_and_spread_of_the_data(prediction, sampler):
+    diffusion, steps = Diffusion(prediction=prediction), 250 if sampler == "ddpm" else 80
+    samples = draw_samples(sampler, exact_denoiser(diffusion), (1, 8, 8), generators(256), diffusion, steps)
+    assert abs(samples.mean() - MEAN) < 0.01
+    assert abs(samples.std() / STD - 1) < 0.03
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_finds_both_modes_of_a_mixture(prediction, sampler):
+    diffusion, centre, width = Diffusion(prediction=prediction), 1.0, 0.2
+
+    def denoise(latent, time):
+        alpha, sigma = (values.float().view(-1, 1, 1, 1) for values in diffusion.coefficients(time))
+        variance = alpha**2 * width**2 + sigma**2
+        shares = torch.softmax(
+            torch.stack([-((latent - alpha * m) ** 2) / (2 * variance) for m in (-centre, centre)]), dim=0
+        )
+        means = (m + alpha * width**2 / variance * (latent - alpha * m) for m in (-centre, centre))
+        clean = sum(share * mean for share, mean in zip(shares, means, strict=True))
+        noise = (latent - alpha * clean) / sigma
+        return noise - clean if prediction == "flow" else alpha * noise - sigma * clean
+
+    steps = 100 if sampler == "ddpm" else 40
+    samples = draw_samples(sampler, denoise, (1, 8, 8), generators(64), diffusion, steps)
+    right = samples[samples > 0]
+    assert abs(len(right) / samples.numel() - 0.5) < 0.03
+    assert abs(right.mean() - centre) < 0.02
+    assert abs(right.std() / width - 1) < 0.1
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+@pytest.mark.parametrize(
+    ("sampler", "kind"), [("dpm++2m", DPMSolverMultistepScheduler), ("unipc", UniPCMultistepScheduler)]
+)
+def test_solvers_are_those_of_the_diffusers_library_on_the_same_times(prediction, sampler, kind):
+    diffusion, steps = Diffusion(prediction=prediction), 20
+    mine = draw_samples(sampler, exact_denoiser(diffusion), (1, 4, 4), generators(3), diffusion, steps)
+    config = diffusion.scheduler_config()
+    del config["clip_sample"]
+    scheduler = kind(**config)
+    scheduler.set_timesteps(steps)
+    latent = draw_noise((1, 4, 4), generators(3), "cpu")
+    for step, time in enumerate(scheduler.timesteps):
+        # a flow's time as the library has it, before it is rounded
+        exact = scheduler.sigmas[step] * 1000 if prediction == "flow" else time
+        predicted = exact_denoiser(diffusion)(latent, exact.expand(3))
+        latent = scheduler.step(predicted, time, latent).prev_sample
+    # the library begins a flow at 0.999 and ends it a thousandth later than evenly
+    torch.testing.assert_close(mine, latent, atol=1e-4 if prediction == "v_prediction" else 5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_number_of_steps_has_as_many_falling_times(prediction):
+    """The library has one too many for some numbers, which would be called at a time before the first."""
+    diffusion = Diffusion(prediction=prediction)
+    for steps in (1, 2, 3, 61, 80, 103, 121, 999, 1000):
+        times = diffusion.sampling_times(steps)
+        assert len(times) == steps
+        assert (times.diff() < 0).all()
+        assert float(diffusion.coefficients(times[:1])[0]) < 1e-4
+        assert times[-1] > 0 or (steps >= 999 and times[-1] == 0)
+    for sampler in ("dpm++2m", "unipc"):
+        calls = []
+
+        def denoise(latent, time, calls=calls):
+            calls.append(float(time[0]))
+            return latent / 2
+
+        draw_samples(sampler, denoise, (1, 2, 2), generators(2), diffusion, 61)
+        assert calls == diffusion.sampling_times(61).tolist()
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sample_depends_on_its_generator_alone(sampler, prediction):
+    diffusion = Diffusion(prediction=prediction)
+    together = draw_samples(sampler, exact_denoiser(diffusion), (2, 4, 4), generators(5), diffusion, steps=7)
+    alone = draw_samples(sampler, exact_denoiser(diffusion), (2, 4, 4), generators(5)[3:4], diffusion, steps=7)
     torch.testing.assert_close(together[3:4], alone)
     assert not torch.allclose(together[2], together[3])
 
@@ -139,26 +307,3 @@ def test_the_callback_sees_every_step_and_ends_at_the_sample():
 def test_sampling_refuses_an_impossible_number_of_steps():
     with pytest.raises(ValueError, match=r"steps is 0, but must lie in 1\.\.1000"):
         sample_ddim(exact_denoiser(Diffusion()), (1, 2, 2), generators(1), Diffusion(), steps=0)
-
-
-def test_guidance_extrapolates_from_the_open_prompt():
-    prompt = Prompt.of(["FDG:brain", "PSMA:abdomen"])
-
-    def predict(latent, time, prompt):
-        return latent + (prompt.tracer + 10 * prompt.region).view(-1, 1)
-
-    latent, time = torch.zeros(2, 1), torch.zeros(2)
-    answer = predict(latent, time, prompt)
-    torch.testing.assert_close(guide(predict, prompt, 1)(latent, time), answer)
-    torch.testing.assert_close(guide(predict, prompt, 0)(latent, time), torch.zeros(2, 1))
-    torch.testing.assert_close(guide(predict, prompt, 2.5)(latent, time), 2.5 * answer)
-
-
-def test_prompts_are_left_open_as_often_as_asked():
-    n, share = 60_000, 0.1
-    prompt = Prompt(torch.full((n,), 2), torch.full((n,), 3))
-    dropped = drop_prompt(prompt, share, torch.rand(n, generator=torch.Generator().manual_seed(0)))
-    no_tracer, no_region = dropped.tracer == 0, dropped.region == 0
-    for case in (no_tracer & ~no_region, no_region & ~no_tracer, no_tracer & no_region):
-        assert abs(case.double().mean() - share) < 0.005
-    assert (drop_prompt(prompt, 0.0, torch.zeros(n)).tracer == 2).all()

@@ -1,6 +1,7 @@
 """The training recipes: what is learned, what is resumed, what is exported, what is sampled."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from allpet import (
     Autoencoder,
     AutoencoderSystem,
     Denoiser,
+    Diffusion,
     LatentDiffusion,
     ParallelBeam,
     Prompt,
     Sampling,
     SymmetryAugmentation,
 )
+from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.randomness import keyed_generator
 from allpet.systems.latent_diffusion import add_counting_noise
@@ -232,6 +235,18 @@ def test_stage_2_comes_back_whole_from_its_folder(tmp_path):
         AutoencoderSystem.from_pretrained(tmp_path / "pretrained")
 
 
+def test_flow_matching_trains_is_sampled_and_comes_back_from_its_folder(data, tmp_path):
+    system = stage2(stage1().autoencoder, diffusion=Diffusion(prediction="flow"))
+    trainer(max_steps=3).fit(system, datamodule=data)
+    system.eval().save_pretrained(tmp_path / "pretrained")
+    loaded = LatentDiffusion.from_pretrained(tmp_path / "pretrained")
+    assert loaded.diffusion == Diffusion(prediction="flow")
+    prompt = Prompt.of(["FDG:brain"])
+    for sampler in SAMPLERS:
+        samples = [one.sample(prompt, [5], Sampling(sampler, steps=3)).stack for one in (system, loaded)]
+        torch.testing.assert_close(*samples)
+
+
 def test_stage_1_is_neither_trained_nor_stored_nor_copied_by_stage_2():
     system = stage2(stage1().autoencoder)
     assert not any("autoencoder" in name or "_aside" in name for name in system.state_dict())
@@ -243,13 +258,30 @@ def test_samples_depend_on_seed_and_prompt_alone():
     system = stage2(stage1().autoencoder).eval()
     torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
     prompt = Prompt.of(["FDG:brain", "FDG:abdomen", "FDG:brain"])
-    for sampler in ("ddim", "ddpm"):
+    for sampler in SAMPLERS:
         together = system.sample(prompt, [1, 2, 3], Sampling(sampler, steps=4))
         apart = system.sample(prompt, [1, 2, 3], Sampling(sampler, steps=4, batch_size=2))
         torch.testing.assert_close(together.sinogram, apart.sinogram, atol=1e-4, rtol=1e-4)
     assert together.prompt.names() == prompt.names()
     other = system.sample(Prompt.of(["FDG:abdomen"]), [1], Sampling(steps=4))
     assert not torch.allclose(other.sinogram[0], system.sample(prompt, [1, 2, 3], Sampling(steps=4)).sinogram[0])
+
+
+def test_guidance_is_chosen_at_sampling():
+    system = stage2(stage1().autoencoder).eval()
+    torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
+    prompt = Prompt.of(["FDG:brain"])
+    choices = (
+        Sampling("ddim", 4),
+        Sampling("ddim", 4, guidance=3.0),
+        Sampling("ddim", 4, guidance=1.0, region_guidance=3.0),
+        Sampling("ddim", 4, guidance=3.0, guidance_interval=(0.2, 0.8)),
+    )
+    stacks = [system.sample(prompt, [1], sampling).stack for sampling in choices]
+    for i, stack in enumerate(stacks):
+        assert all(not torch.allclose(stack, other) for other in stacks[:i])
+    never = replace(choices[1], guidance_interval=(0.3, 0.4))
+    assert torch.equal(system.sample(prompt, [1], never).stack, stacks[0]), "no time of four lies there"
 
 
 def test_views_and_bins_are_chosen_at_sampling():
@@ -292,8 +324,10 @@ def test_counting_noise_keeps_its_total_where_resampling_undershoots():
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"sampler": "euler"}, "sampler is 'euler', but must be 'ddpm' or 'ddim'"),
+        ({"sampler": "euler"}, "sampler is 'euler', but must be one of ddpm, ddim, dpm"),
         ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is \\(0.8, 0.2\\), but must be"),
+        ({"guidance_interval": (0.2, 80)}, "share of the last time"),
         ({"n_views": 0}, "n_views is 0"),
         ({"n_bins": -5}, "n_bins is -5"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -21,7 +21,7 @@ _EXPORTS = {
     "models.autoencoder": ["Autoencoder"],
     "models.denoiser": ["Denoiser"],
     "diffusion.schedule": ["Diffusion"],
-    "diffusion.samplers": ["sample_ddim", "sample_ddpm"],
+    "diffusion.samplers": ["sample_ddim", "sample_ddpm", "sample_multistep"],
     "diffusion.bridge": ["Bridge"],
     "diffusion.bridge_samplers": ["sample_dbim"],
     "systems.autoencoder": ["AutoencoderSystem"],
