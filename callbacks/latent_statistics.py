@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from callbacks.export import not_finite
 
 class LatentStatistics(Callback):
     """When stage 1 ends, measure the latents' mean and standard deviation per channel and store them with the weights.
+
+    So is the weight of the full channel, where the network's constraint is ``weighted``.
 
     One full pass over the training set; then a pass over the validation set tells whether the standardised latents have
     a standard deviation of 1 there too. Must stand after weight averaging and before ``ExportPretrained``.
@@ -46,6 +49,11 @@ class LatentStatistics(Callback):
         pl_module.eval()
         mean, std = self._measure(trainer, pl_module, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         pl_module.autoencoder.set_latent_statistics(mean, std)
+        if pl_module.autoencoder.constraint == "weighted":
+            loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+            batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
+            weight = torch.tensor(pl_module.measure_full_weight(batches), device=pl_module.device)
+            pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
         trainer.validating = True  # so that the data module draws as it does in validation
         raw_mean, raw_std = self._measure(trainer, pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         trainer.training = True

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from allpet import ParallelBeam
+from allpet import ParallelBeam, Radon
 from allpet.consistency import helgason_ludwig_residual
 from allpet.models.autoencoder import Autoencoder
-from allpet.models.denoiser import Denoiser
+from allpet.models.denoiser import Denoiser, RadonSandwich
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.models.layers import DeviceAttention, moebius_pad
 from allpet.prompts import Prompt
@@ -153,3 +153,99 @@ def test_a_patch_discriminator_scores_patches_apart():
     changed[..., :8, :8] += 1
     difference = (discriminator(stack) - discriminator(changed)).abs()
     assert difference[..., 0, 0] > 10 * difference[..., -1, -1]
+
+
+@pytest.mark.parametrize("constraint", ["free", "projected", "weighted"])
+def test_free_channels_fulfil_the_constraint_as_asked(constraint):
+    autoencoder = small_autoencoder(constraint=constraint)
+    autoencoder.set_full_weight(0.9)
+    raw = 3 * torch.randn(4, *autoencoder.latent_shape(16, 20))
+    p, f, n = autoencoder.decode_free(raw, (16, 20)).unbind(1)
+    positive, full, negative = autoencoder._decode_raw(raw, (16, 20)).stack.unbind(1)
+    violation = (positive + negative - full).abs().max()
+    if constraint == "free":
+        assert violation > 0.01
+        torch.testing.assert_close(full, f)
+        return
+    assert violation <= 1e-6 * full.max()
+    weight = {"projected": 2 / 3, "weighted": 0.9}[constraint]
+    inside = (positive > 0) & (negative > 0)
+    assert inside.float().mean() > 0.3
+    torch.testing.assert_close(full[inside], (weight * f + (1 - weight) * (p + n))[inside])
+    # the nearest stack: what was added to f was taken in equal parts from p and n
+    torch.testing.assert_close((p - positive)[inside], (n - negative)[inside], atol=1e-6, rtol=1e-4)
+
+
+def test_heads_that_exclude_each_other_are_refused():
+    with pytest.raises(ValueError, match="need three channels"):
+        small_autoencoder(constraint="free", stack_channels=1)
+    with pytest.raises(ValueError, match="use patch=1"):
+        small_autoencoder(padding="symmetric")
+    with pytest.raises(ValueError, match="padding is 'round'"):
+        small_autoencoder(padding="round")
+    with pytest.raises(ValueError, match="nothing to be combined"):
+        small_autoencoder().decode_free(torch.zeros(1, 4, 4, 4), (16, 16))
+    with pytest.raises(ValueError, match="needs a multiple of 4"):
+        small_autoencoder(padding="moebius").encode(torch.rand(1, 3, 18, 20))
+
+
+def closed(padding: str) -> Autoencoder:
+    return small_autoencoder(channels=(8, 16, 16), patch=1, padding=padding)
+
+
+def shifted(latent: torch.Tensor, rows: int) -> torch.Tensor:
+    return extend(latent).roll(rows, -2)[..., : latent.shape[-2], :]
+
+
+@pytest.mark.parametrize(("padding", "exact"), [("symmetric", True), ("moebius", False), ("zero", False)])
+def test_symmetric_layers_know_no_first_view(padding, exact):
+    autoencoder = closed(padding)
+    stack = torch.rand(2, 3, 16, 20)
+    mean = autoencoder.encode(stack).mean
+    turned = autoencoder.encode(shifted(stack, autoencoder.factor)).mean
+    half = autoencoder.encode(stack.flip(-1)).mean
+    torch.testing.assert_close(shifted(mean, 3 * 4 + 4), shifted(mean, 4 * 4))
+    size = mean.std()
+    assert bool((turned - shifted(mean, 1)).abs().max() < 1e-4 * size) is exact
+    assert bool((half - mean.flip(-1)).abs().max() < 1e-4 * size) is exact
+    decoded = autoencoder.decode(mean, (16, 20)).full
+    turned = autoencoder.decode(shifted(mean, 1), (16, 20)).full
+    assert bool((turned - shifted(decoded, autoencoder.factor)).abs().max() < 1e-4 * decoded.std()) is exact
+
+
+@pytest.mark.parametrize("seam_rows", [0, 1])
+def test_the_image_domain_projects_what_it_backprojected(seam_rows):
+    """Between its matrices lie the geometry's own: noise keeps its size, and a disc comes back as its sinogram."""
+    sandwich = RadonSandwich(4, 4, 8, 16, seam_rows)
+    views, bins = 16, 20
+    filtered, _, projection = sandwich._geometry(views + 2 * seam_rows, bins, torch.device("cpu"))
+    radon = Radon(ParallelBeam(views, bins, 1.0, bins, 1.0))
+    y, x = torch.meshgrid(*[torch.arange(bins) - (bins - 1) / 2] * 2, indexing="ij")
+    disc = ((x - 2) ** 2 + y**2 < 25).float()[None, None]
+    sinogram = radon.project(disc).flatten()
+    torch.testing.assert_close(projection @ disc.flatten() / projection.norm(), sinogram / radon_norm(radon))
+    back = filtered @ sinogram
+    assert torch.corrcoef(torch.stack([back, disc.flatten()]))[0, 1] > 0.9
+    noise = torch.randn(2000, 4, views + 2 * seam_rows, bins).repeat(1, 2, 1, 1)
+    assert sandwich.backproject(noise).std() == pytest.approx(1, rel=0.02)
+
+
+def radon_norm(radon: Radon) -> torch.Tensor:
+    size = radon.geometry.image_size
+    return radon.project(torch.eye(size**2).view(-1, 1, size, size)).norm()
+
+
+def test_a_denoiser_in_the_image_domain_sees_all_views_at_once():
+    """One layer of convolutions reaches the views in which a point of the image lies, wherever they are."""
+    torch.manual_seed(0)
+    prompt = Prompt.of(["FDG:brain"])
+    reach = {}
+    for domain in ("sinogram", "image"):
+        denoiser = Denoiser(4, channels=(8,), attention=(False,), layers_per_block=1, head_channels=8, domain=domain)
+        for parameter in denoiser.parameters():
+            parameter.data.add_(0.02 * torch.randn(parameter.shape))
+        latent = torch.randn(1, 4, 32, 20, requires_grad=True)
+        denoiser(latent, torch.tensor([500]), prompt)[0, :, 2].sum().backward()
+        reach[domain] = latent.grad.abs().sum(dim=(0, 1, 3))
+    far = {domain: float(grad[12:].sum() / grad.sum()) for domain, grad in reach.items()}
+    assert far["image"] > 1.3 * far["sinogram"]

@@ -5,13 +5,19 @@ latent element. *Raw* latents are what the encoder gives; *latents* are raw late
 and divided by its standard deviation, per channel. Both numbers are measured when stage 1 ends and live in this
 module's own file, so whoever loads it needs nothing else.
 
-The constraint holds by construction: the decoder's head emits a non-negative full sinogram f and a mask m in [0, 1],
-and the stack is (m f, f, (1 - m) f), so positive + negative == full for every latent, seen in training or not.
+The *constraint* positive + negative == full holds by construction: the decoder's head emits a non-negative full
+sinogram f and a mask m in [0, 1], and the stack is (m f, f, (1 - m) f), for every latent, seen in training or not.
+Three other forms, for comparison, let the decoder emit three channels (p, f, n) >= 0, with r = p + n - f:
+
+* ``free``: they are the stack; only the loss knows of the constraint, as figure 1 of the paper draws it;
+* ``projected``: the nearest stack that fulfils it, (p - r/3, f + r/3, n - r/3);
+* ``weighted``: f and p + n are two measurements of the same sinogram, and the full one is w f + (1 - w) (p + n), with
+  the w of smallest variance, measured on the training set when stage 1 ends (2/3, as in ``projected``, until then).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +25,14 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from allpet.consistency import helgason_ludwig_correction
-from allpet.models.layers import moebius_pad
+from allpet.models.layers import Padding, close_views, moebius_pad
 from allpet.scaling import Scaling
+
+Constraint = Literal["head", "free", "projected", "weighted"]
+
+
+_SHARPNESS = 10.0
+"""Of the softplus: activity cannot be negative, and this is close to a hinge on the scale of the data (about 0..1)."""
 
 
 class Posterior(NamedTuple):
@@ -43,18 +55,18 @@ class Decoded(NamedTuple):
     """What the decoder makes of a latent, in network range.
 
     Attributes:
-        full: the sinogram, non-negative, ``(batch, 1, views, bins)``.
-        mask: the share of each bin that belongs to the positive channel, in [0, 1], same shape.
+        stack: [positive, full, negative], non-negative, ``(batch, 3, views, bins)``; positive + negative == full,
+            unless the constraint is ``free``.
+        mask: the share of each bin that belongs to the positive channel, in [0, 1], ``(batch, 1, views, bins)``.
     """
 
-    full: Tensor
+    stack: Tensor
     mask: Tensor
 
     @property
-    def stack(self) -> Tensor:
-        """[positive, full, negative], ``(batch, 3, views, bins)``; positive + negative == full."""
-        positive = self.mask * self.full
-        return torch.cat([positive, self.full, self.full - positive], dim=1)
+    def full(self) -> Tensor:
+        """The sinogram, ``(batch, 1, views, bins)``."""
+        return self.stack[:, 1:2]
 
 
 class Autoencoder(nn.Module):
@@ -72,13 +84,17 @@ class Autoencoder(nn.Module):
         range_order: the decoder's last layer removes from f what no image could have caused in its first
             ``range_order`` + 1 radial moments (``consistency.helgason_ludwig_correction``); None leaves f as it is, as
             attenuated sinograms, which do not fulfil these conditions, need.
+        constraint: how positive + negative == full comes about, see the module.
+        padding: what convolutions see beyond the edges of the half turn, see ``layers.close_views``: "zero",
+            "moebius" or "symmetric" (needs ``patch=1``).
 
     Raises:
-        ValueError: if ``seam`` does not fit the shrinking factor.
+        ValueError: if ``seam`` does not fit the shrinking factor, a choice is unknown or two exclude each other.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
+    full_weight: Tensor
 
     def __init__(
         self,
@@ -89,6 +105,8 @@ class Autoencoder(nn.Module):
         seam: int = 0,
         stack_channels: int = 3,
         range_order: int | None = None,
+        constraint: Constraint = "head",
+        padding: Padding = "zero",
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -99,12 +117,23 @@ class Autoencoder(nn.Module):
             "seam": seam,
             "stack_channels": stack_channels,
             "range_order": range_order,
+            "constraint": constraint,
+            "padding": padding,
         }
+        if constraint not in get_args(Constraint) or (constraint != "head" and stack_channels != 3):
+            raise ValueError(
+                f"constraint is {constraint!r} with {stack_channels} stack channels, but must be one of "
+                f"{', '.join(get_args(Constraint))}; all but 'head' need three channels."
+            )
+        if padding == "symmetric" and patch > 1:
+            raise ValueError(
+                f"padding is 'symmetric' and patch {patch}: folding tells left from right, so use patch=1."
+            )
         self.factor = patch * 2 ** (len(channels) - 1)
         if seam % self.factor:
             raise ValueError(f"seam is {seam} views, but must be a multiple of {self.factor}, the shrinking factor.")
         self.patch, self.seam, self.latent_channels, self.stack_channels = patch, seam, latent_channels, stack_channels
-        self.range_order = range_order
+        self.range_order, self.constraint, self.closed = range_order, constraint, padding != "zero"
         # GroupNorm needs groups that divide every width.
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if all(width % n == 0 for width in channels))
         shared: dict[str, Any] = {
@@ -123,13 +152,16 @@ class Autoencoder(nn.Module):
         )
         self.decoder = Decoder(
             latent_channels,
-            min(stack_channels, 2) * patch**2,
+            (min(stack_channels, 2) if constraint == "head" else 3) * patch**2,
             ("UpDecoderBlock2D",) * levels,
             # diffusers gives the decoder one block more per level than it is asked for
             layers_per_block=layers_per_block - 1,
             **shared,
         )
+        close_views(self, padding)
         self.scaling = Scaling()
+        # not in the file unless it is used, so that folders of earlier versions load
+        self.register_buffer("full_weight", torch.tensor(2 / 3), persistent=constraint == "weighted")
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
@@ -157,6 +189,9 @@ class Autoencoder(nn.Module):
 
         Views and bins that are no multiple of the shrinking factor are filled up: views by the sinogram's own
         flipped continuation, bins by zeros (nothing lies outside the field of view).
+
+        Raises:
+            ValueError: if the layers continue the views themselves and their number is no multiple.
         """
         stack = self._fill(stack if self.stack_channels == 3 else stack[:, 1:2])
         if self.patch > 1:
@@ -188,23 +223,67 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
+    def decode_free(self, raw: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The decoder's three channels (p, f, n) before any constraint, from raw latents, ``(batch, 3, views, bins)``.
+
+        Raises:
+            ValueError: if the constraint is ``head``, whose decoder has no such channels.
+        """
+        if self.constraint == "head":
+            raise ValueError("A decoder with constraint 'head' emits f and m; there is nothing to be combined.")
+        return F.softplus(self._output(raw, shape), beta=_SHARPNESS)
+
+    def set_full_weight(self, weight: float) -> None:
+        """Store the w of the ``weighted`` constraint, 0..1.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if not 0 <= weight <= 1:
+            raise ValueError(f"The weight of the full channel is {weight}, but must lie between 0 and 1.")
+        self.full_weight.fill_(weight)
+
     def _fill(self, sinogram: Tensor) -> Tensor:
         views, bins = sinogram.shape[-2:]
+        if self.closed and views % self.factor:
+            raise ValueError(
+                f"There are {views} views, but an autoencoder whose layers continue them needs a multiple of "
+                f"{self.factor}: use padding 'zero' with a seam."
+            )
         padded = moebius_pad(sinogram, self.seam + self.factor)
         padded = padded[:, :, self.factor : padded.shape[2] - self.factor + -views % self.factor]
         return F.pad(padded, (0, -bins % self.factor))
 
-    def _decode_raw(self, raw: Tensor, shape: tuple[int, int]) -> Decoded:
+    def _output(self, raw: Tensor, shape: tuple[int, int]) -> Tensor:
         output = self.decoder(raw).float()
         if self.patch > 1:
             output = F.pixel_shuffle(output, self.patch)
-        output = output[:, :, self.seam : self.seam + shape[0], : shape[1]]
-        # Activity cannot be negative; beta makes softplus close to a hinge on the scale of the data (about 0..1).
-        full = F.softplus(output[:, :1], beta=10.0)
-        if self.range_order is not None:
-            full = helgason_ludwig_correction(full, self.range_order).clamp(min=0)
-        mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.ones_like(full)
-        return Decoded(full, mask)
+        return output[:, :, self.seam : self.seam + shape[0], : shape[1]]
+
+    def _decode_raw(self, raw: Tensor, shape: tuple[int, int]) -> Decoded:
+        if self.constraint == "head":
+            output = self._output(raw, shape)
+            full = self._in_range(F.softplus(output[:, :1], beta=_SHARPNESS))
+            mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.ones_like(full)
+            positive = mask * full
+            return Decoded(torch.cat([positive, full, full - positive], dim=1), mask)
+        positive, full, negative = self.decode_free(raw, shape).split(1, dim=1)
+        if self.constraint != "free":
+            weight = self.full_weight if self.constraint == "weighted" else 2 / 3
+            half = 0.5 * weight * (positive + negative - full)
+            positive, negative = (positive - half).clamp(min=0), (negative - half).clamp(min=0)
+            full = positive + negative
+        mask = positive / (positive + negative).clamp(min=1e-6)
+        full = self._in_range(full)
+        if self.constraint != "free":
+            positive = mask * full
+            negative = full - positive
+        return Decoded(torch.cat([positive, full, negative], dim=1), mask)
+
+    def _in_range(self, full: Tensor) -> Tensor:
+        if self.range_order is None:
+            return full
+        return helgason_ludwig_correction(full, self.range_order).clamp(min=0)
 
     @staticmethod
     def _per_channel(values: Tensor) -> Tensor:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from diffusers.models.downsampling import Downsample2D
+from torch import Tensor, nn
+
+Padding = Literal["zero", "moebius", "symmetric"]
 
 
 def moebius_pad(sinogram: Tensor, views: int) -> Tensor:
@@ -21,6 +27,62 @@ def moebius_pad(sinogram: Tensor, views: int) -> Tensor:
         return sinogram
     before, after = sinogram[:, :, -views:].flip(-1), sinogram[:, :, :views].flip(-1)
     return torch.cat([before, sinogram, after], dim=2)
+
+
+class MoebiusConv2d(nn.Conv2d):
+    """A convolution that sees the flipped continuation beyond the first and the last view, and zeros beyond the bins.
+
+    Behind the first layer that is approximate, since features of the flipped continuation are those of the mirrored
+    kernel. With kernels that are symmetric along the bins it is exact.
+    """
+
+    symmetric = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(batch, channel, views, bins)``; the shape is kept."""
+        weight = 0.5 * (self.weight + self.weight.flip(-1)) if self.symmetric else self.weight
+        views, bins = (size // 2 for size in self.weight.shape[-2:])
+        return F.conv2d(F.pad(moebius_pad(input, views), (bins, bins)), weight, self.bias)
+
+
+class SymmetricConv2d(MoebiusConv2d):
+    """The same with kernels symmetric along the bins: it commutes with rotations by whole views and half turns."""
+
+    symmetric = True
+
+
+class MoebiusDownsample(Downsample2D):
+    """Halves views and bins by averaging, then convolves: the mean of two neighbours tells neither from the other."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Map ``(batch, channel, views, bins)``, both even, to half of each."""
+        return self.conv(F.avg_pool2d(hidden_states, 2))
+
+
+def close_views(network: nn.Module, padding: Padding) -> None:
+    """Make the convolutions of a diffusers network, in place, treat views as the closed Moebius strip that they are.
+
+    With "symmetric", a network without other operations that tell left from right (folding does) commutes with
+    rotations by as many views as it shrinks views by, and with half turns, to rounding: a sinogram has no first view.
+
+    Args:
+        network: whose convolutions have stride 1, but for downsampling layers, and odd kernels.
+        padding: "zero" leaves everything as it is; "moebius" continues the views; "symmetric" has kernels that are
+            symmetric along the bins in addition.
+
+    Raises:
+        ValueError: if the padding is unknown.
+    """
+    if padding not in get_args(Padding):
+        raise ValueError(f"padding is {padding!r}, but must be one of {', '.join(get_args(Padding))}.")
+    if padding == "zero":
+        return
+    for layer in list(network.modules()):
+        if isinstance(layer, Downsample2D):
+            layer.__class__ = MoebiusDownsample
+            layer.conv.stride = (1, 1)
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = SymmetricConv2d if padding == "symmetric" else MoebiusConv2d
 
 
 class DeviceAttention:

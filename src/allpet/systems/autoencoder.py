@@ -24,6 +24,9 @@ from allpet.systems.base import CosineSystem, OptimizerName
 class AutoencoderSystem(CosineSystem):
     """Train an autoencoder on stacks: L1 + frequency-weighted L1 + KL, and a patch discriminator if one is given.
 
+    Where the network's constraint is ``free``, the loss asks for it: |p + n - f| + |p - M f| + |n - (1 - M) f|, the two
+    arrows of the paper's figure 1.
+
     The data module supplies the scale of the data set and, in ``batch.stack``, the masks drawn by RMAS.
 
     Args:
@@ -36,6 +39,7 @@ class AutoencoderSystem(CosineSystem):
         kl_weight: weight of the KL divergence per latent element.
         image_weight: weight of the error after ``losses.weight_by_frequency``, which counts as it would in the image.
         mask_weight: weight of the absolute error of the mask where there is activity.
+        constraint_weight: weight of the constraint's violation, where it can be violated.
         discriminator: optional patch discriminator, trained in the same step.
         adversarial_weight: weight of its verdict on reconstructions.
         adversarial_start: first step at which the autoencoder listens to it.
@@ -53,6 +57,7 @@ class AutoencoderSystem(CosineSystem):
         kl_weight: float = 1e-4,
         image_weight: float = 1.0,
         mask_weight: float = 0.1,
+        constraint_weight: float = 0.1,
         discriminator: PatchDiscriminator | None = None,
         adversarial_weight: float = 0.1,
         adversarial_start: int = 0,
@@ -62,6 +67,7 @@ class AutoencoderSystem(CosineSystem):
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.kl_weight, self.image_weight, self.mask_weight = kl_weight, image_weight, mask_weight
+        self.constraint_weight = constraint_weight
         self.adversarial_weight, self.adversarial_start, self.seed = adversarial_weight, adversarial_start, seed
         self.geometry: ParallelBeam | None = None
 
@@ -156,6 +162,24 @@ class AutoencoderSystem(CosineSystem):
         mean = total / count
         return mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float()
 
+    @torch.no_grad()
+    def measure_full_weight(self, batches: Iterable[SinogramBatch]) -> float:
+        """Weight of f beside p + n that makes their mean's error smallest: the best linear unbiased estimate.
+
+        With C the second moments of the errors of f and p + n it is (C22 - C12) / (C11 + C22 - 2 C12); noise that the
+        data share with both cancels.
+        """
+        moments = torch.zeros(3, dtype=torch.float64)
+        for batch in batches:
+            stack = self.autoencoder.scaling(batch.as_stack())
+            raw, target = self.autoencoder.encode(stack).mean, stack[:, 1:2]
+            p, f, n = self.autoencoder.decode_free(raw, (stack.shape[-2], stack.shape[-1])).split(1, dim=1)
+            first, second = (f - target).double(), (p + n - target).double()
+            moments += torch.stack([first.square().sum(), second.square().sum(), (first * second).sum()]).cpu()
+        c11, c22, c12 = moments.tolist()
+        spread = c11 + c22 - 2 * c12
+        return min(max((c22 - c12) / spread, 0.0), 1.0) if spread > 0 else 2 / 3
+
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
         """Write config.json, model.safetensors and README.md, the folder to share."""
         config = {
@@ -195,8 +219,18 @@ class AutoencoderSystem(CosineSystem):
             # where nothing is emitted any mask is right
             activity = target[:, 1:2].clamp(max=1)
             losses["mask"] = ((mask - batch.stack.mask).abs() * activity).mean()
+        if self.autoencoder.constraint == "free":
+            positive, full, negative = output.split(1, dim=1)
+            violated = [positive + negative - full]
+            if batch.stack is not None:
+                known = batch.stack.mask
+                violated += [positive - known * full, negative - (1 - known) * full]
+            losses["constraint"] = torch.cat(violated, dim=1).abs().mean()
         return losses
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
         total = losses["l1"] + self.image_weight * losses["image"] + self.kl_weight * losses["kl"]
-        return total + self.mask_weight * losses["mask"] if "mask" in losses else total
+        for name, weight in (("mask", self.mask_weight), ("constraint", self.constraint_weight)):
+            if name in losses:
+                total = total + weight * losses[name]
+        return total
