@@ -11,7 +11,7 @@ import pytest
 import torch
 from analytic import CENTRES, HEIGHTS, SIGMAS, ellipse_sinogram, gaussian_sinogram, relative_error
 
-from allpet import ParallelBeam, Radon, RadonMaskAugmentation, SymmetryAugmentation
+from allpet import SYMMETRY_LABEL_SIZE, ParallelBeam, Radon, RadonMaskAugmentation, SymmetryAugmentation, symmetry
 from allpet.augmentation import SymmetryParameters
 from allpet.consistency import helgason_ludwig_residual
 from allpet.masks import image_mask
@@ -184,18 +184,19 @@ def test_a_sinogram_of_another_shape_is_refused(radon: Radon) -> None:
 def test_symmetries_are_those_of_the_image() -> None:
     sinogram = gaussian_sinogram(GEOMETRY)
     augmentation = SymmetryAugmentation(
-        GEOMETRY, rotation="any", translation_mm=15, dilation=(0.9, 1.1), gain=(0.5, 2.0)
+        GEOMETRY, rotation="any", translation_mm=15, dilation=(0.9, 1.1), gain=(0.5, 2.0), blur_mm=10
     )
     parameters = augmentation.draw(12, generator(5))
     augmented = augmentation.apply(sinogram.expand(12, -1, -1, -1), parameters)
     for i in range(12):
-        gain, dilation, mirrored, angle, translation = (value[i] for value in parameters)
+        gain, dilation, mirrored, angle, translation, blur = (value[i] for value in parameters)
         centres = CENTRES * dilation
         if mirrored:
             centres = centres * torch.tensor([-1.0, 1.0])
         turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]).double()
         centres = centres @ turn.T + translation
-        expected = gaussian_sinogram(GEOMETRY, centres, SIGMAS * dilation, HEIGHTS * gain)[0]
+        wider = ((SIGMAS * dilation) ** 2 + blur**2 / (8 * math.log(2))).sqrt()
+        expected = gaussian_sinogram(GEOMETRY, centres, wider, HEIGHTS * gain * (SIGMAS * dilation / wider) ** 2)[0]
         assert relative_error(augmented[i], expected) < 6e-3
     assert 0 < parameters.mirrored.sum() < 12
 
@@ -216,16 +217,18 @@ def test_channels_share_their_symmetry() -> None:
 
 
 def test_the_label_of_the_identity_is_zero() -> None:
-    augmentation = SymmetryAugmentation(GEOMETRY, translation_mm=20, dilation=(0.8, 1.2), probability=0)
+    augmentation = SymmetryAugmentation(GEOMETRY, translation_mm=20, dilation=(0.8, 1.2), probability=0, blur_mm=9)
     sinogram = torch.rand(5, 1, *GEOMETRY.sinogram_shape, generator=generator())
     same, parameters = augmentation(sinogram, generator())
     assert torch.equal(same, sinogram)
-    assert parameters.label().shape == (5, 7)
+    assert parameters.label().shape == (5, SYMMETRY_LABEL_SIZE)
     assert parameters.label().abs().max() == 0
 
 
 def test_labels_tell_augmentations_apart() -> None:
-    augmentation = SymmetryAugmentation(GEOMETRY, "any", translation_mm=20, dilation=(0.8, 1.2), gain=(0.5, 2))
+    augmentation = SymmetryAugmentation(
+        GEOMETRY, "any", translation_mm=20, dilation=(0.8, 1.2), gain=(0.5, 2), blur_mm=9
+    )
     label = augmentation.draw(64, generator()).label()
     assert torch.isfinite(label).all()
     assert (torch.cdist(label, label) + torch.eye(64)).min() > 1e-3
@@ -239,13 +242,37 @@ def test_probability_is_the_share_of_samples_touched() -> None:
     assert not parameters.mirrored.any()
     moved = (parameters.translation_mm != 0).any(1).float().mean()
     assert moved == pytest.approx(0.3, abs=0.03)
+    assert not parameters.blur_mm.any()
+
+
+def test_a_blur_is_drawn_beside_the_others() -> None:
+    without = SymmetryAugmentation(GEOMETRY, probability=0.3).draw(4000, generator())
+    blurred = SymmetryAugmentation(GEOMETRY, probability=0.3, blur_mm=8).draw(4000, generator()).blur_mm
+    assert not without.blur_mm.any()
+    assert (blurred != 0).float().mean() == pytest.approx(0.3, abs=0.03)
+    assert blurred[blurred != 0].mean() == pytest.approx(4, abs=0.3)
+    assert blurred.max() <= 8
+
+
+def test_the_noise_changes_as_is_said() -> None:
+    """What the documentation of SymmetryAugmentation says of the variance of noise."""
+    noise = torch.randn(64, 1, *GEOMETRY.sinogram_shape, generator=generator())
+    cases = {
+        "turned by half a view": (symmetry.rotate(noise, 0.5 * math.pi / GEOMETRY.n_views), 1.0),
+        "moved by half a bin": (symmetry.translate(noise, GEOMETRY, 0.5 * GEOMETRY.bin_mm, 0.0), 1.0),
+        "dilated by 1.1": (symmetry.dilate(noise, GEOMETRY, 1.1), 1.1**2),
+        "dilated by 0.9": (symmetry.dilate(noise, GEOMETRY, 0.9), 0.9**3),
+        "blurred by a bin": (symmetry.blur(noise, GEOMETRY, GEOMETRY.bin_mm), 0.627),
+    }
+    for name, (changed, expected) in cases.items():
+        assert float(changed[..., 8:-8].var()) == pytest.approx(expected, rel=0.02), name
 
 
 def test_parameters_concatenate_field_by_field() -> None:
     augmentation = SymmetryAugmentation(GEOMETRY)
     parts = [augmentation.draw(1, generator(seed)) for seed in range(3)]
     batch = SymmetryParameters(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    assert batch.label().shape == (3, 7)
+    assert batch.label().shape == (3, SYMMETRY_LABEL_SIZE)
     sinogram = torch.rand(3, 1, *GEOMETRY.sinogram_shape, generator=generator())
     together = augmentation.apply(sinogram, batch)
     apart = torch.cat([augmentation.apply(sinogram[i : i + 1], part) for i, part in enumerate(parts)])
@@ -259,6 +286,7 @@ def test_parameters_concatenate_field_by_field() -> None:
         ({"dilation": (0.0, 1.0)}, "dilation is"),
         ({"gain": (2.0, 1.0)}, "gain is"),
         ({"probability": 1.5}, "probability is 1.5"),
+        ({"blur_mm": -1.0}, "blur_mm is -1.0"),
         ({"translation_mm": 1000.0}, "radius of the field of view, 216 mm"),
     ],
 )

@@ -17,6 +17,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
 COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "ldm.yaml") for scale in SCALES]
 COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
+COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/gpu24.yaml", "symmetries.yaml"))]
 COMMANDS += [("predict", ("sample.yaml",))]
 COMMANDS += [
     ("fit", ("defaults.yaml", "finetune/bridge.yaml", f"finetune/{task}.yaml", scale))
@@ -74,6 +75,19 @@ def test_networks_fit_one_another_and_the_scale_its_preset(scale, capsys):
         denoiser = allpet.Denoiser(**ldm["model"]["init_args"]["denoiser"]["init_args"])
     autoencoder = allpet.Autoencoder(**vae["model"]["init_args"]["autoencoder"]["init_args"])
     assert autoencoder.latent_channels == denoiser.latent_channels
+
+
+def test_the_denoiser_has_the_label_of_the_symmetries(capsys):
+    config = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", "scale/laptop.yaml", "symmetries.yaml")))
+    denoiser = config["model"]["init_args"]["denoiser"]["init_args"]
+    assert denoiser["label_size"] == allpet.SYMMETRY_LABEL_SIZE
+    scale = yaml.safe_load((EXPERIMENTS / "scale/laptop.yaml").read_text())["scale"]
+    assert denoiser["channels"] == scale["ldm"]["channels"], "whatever the other files say stays"
+    data = config["data"]["init_args"]
+    symmetry = allpet.SymmetryAugmentation(allpet.ParallelBeam(**data["geometry"]), **data["symmetry"]["init_args"])
+    drawn = symmetry.draw(2000, torch.Generator().manual_seed(0)).label()
+    assert drawn.shape[1] == allpet.SYMMETRY_LABEL_SIZE
+    assert 0.1 < float((drawn[:, :3] == 0).all(dim=1).double().mean()) < 0.15
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from allpet import (
+    SYMMETRY_LABEL_SIZE,
     Autoencoder,
     AutoencoderSystem,
     Denoiser,
@@ -56,8 +57,10 @@ def stage1(**changes) -> AutoencoderSystem:
     return AutoencoderSystem(autoencoder, **{"warmup_steps": 2, "learning_rate": 3e-3, **changes})
 
 
-def stage2(autoencoder: Autoencoder, **changes) -> LatentDiffusion:
-    denoiser = Denoiser(channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8)
+def stage2(autoencoder: Autoencoder, label_size: int = 0, **changes) -> LatentDiffusion:
+    denoiser = Denoiser(
+        channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8, label_size=label_size
+    )
     system = LatentDiffusion(autoencoder, denoiser, **{"warmup_steps": 2, "learning_rate": 2e-3, **changes})
     system.geometry = GEOMETRY
     return system
@@ -118,12 +121,16 @@ def test_views_encoded_once_are_those_of_training(data):
     assert not torch.allclose(kept, system.encode(later), atol=1e-3), "other masks, other latents"
 
 
-def test_several_views_are_drawn_with_the_labels_of_their_symmetries(data):
-    turned = SimulatedPET(
+@pytest.fixture(scope="module")
+def turned() -> SimulatedPET:
+    return SimulatedPET(
         GEOMETRY, prompts=("FDG:brain",), num_scans=4, slices_per_patient=2, val_patients=1, test_patients=1,
         batch_size=4, cache=None, symmetry=SymmetryAugmentation,
     )  # fmt: skip
-    system = stage2(stage1().autoencoder, latent_views=3)
+
+
+def test_several_views_are_drawn_with_the_labels_of_their_symmetries(turned):
+    system = stage2(stage1().autoencoder, SYMMETRY_LABEL_SIZE, latent_views=3)
     trainer(max_steps=1).fit(system, datamodule=turned)
     batch = turned.augment(turned.train_set[[2] * 40], 0)
     latents, labels = system._training_latents(batch, [torch.Generator().manual_seed(i) for i in range(40)])
@@ -132,6 +139,37 @@ def test_several_views_are_drawn_with_the_labels_of_their_symmetries(data):
         same = (latents - system.encode(view)).abs().amax(dim=(1, 2, 3)) < 1e-4
         assert 3 < int(same.sum()) < 37, "each view is drawn, none always"
         assert torch.equal(labels[same], view.symmetry.expand(int(same.sum()), -1))
+
+
+def test_the_denoiser_is_told_of_symmetries_in_training_and_of_none_at_sampling(turned, monkeypatch):
+    system = stage2(stage1().autoencoder, SYMMETRY_LABEL_SIZE)
+    told = []
+    forward = Denoiser.forward
+    monkeypatch.setattr(
+        Denoiser,
+        "forward",
+        lambda self, *inputs, label=None: told.append((self.training, label)) or forward(self, *inputs, label=label),
+    )
+    before = system.denoiser.label.weight.detach().clone()
+    trainer(max_steps=3).fit(system, datamodule=turned)
+    assert not torch.equal(system.denoiser.label.weight, before)
+    assert all((label is not None and bool(label.any())) == training for training, label in told)
+    assert {training for training, _ in told} == {True, False}
+    told.clear()
+    system.eval()
+    prompt = Prompt.of(["FDG:brain"])
+    sample = system.sample(prompt, [0], Sampling("ddim", 3)).stack
+    assert all(label is None for _, label in told)
+    zeros = torch.zeros(1, SYMMETRY_LABEL_SIZE)
+    monkeypatch.setattr(Denoiser, "forward", lambda self, *inputs, label=None: forward(self, *inputs, label=zeros))
+    assert torch.equal(system.sample(prompt, [0], Sampling("ddim", 3)).stack, sample)
+
+
+def test_symmetries_that_would_leak_are_refused(turned, data):
+    for size in (0, 3):
+        with pytest.raises(ValueError, match=f"label_size is {size}: give the denoiser label_size 8"):
+            trainer(max_steps=1).fit(stage2(stage1().autoencoder, size), datamodule=turned)
+    trainer(max_steps=1).fit(stage2(stage1().autoencoder, SYMMETRY_LABEL_SIZE), datamodule=data)
 
 
 def test_unknown_optimizers_and_views_are_refused():

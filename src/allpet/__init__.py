@@ -13,7 +13,7 @@ _EXPORTS = {
     "geometry": ["ParallelBeam"],
     "projector": ["Radon"],
     "reconstruction": ["fbp", "mlem", "osem"],
-    "augmentation": ["MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
+    "augmentation": ["SYMMETRY_LABEL_SIZE", "MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
     "batches": ["PromptBatch", "SinogramBatch"],
     "prompts": ["Prompt"],
     "scaling": ["Scaling"],

@@ -140,6 +140,10 @@ class RadonMaskAugmentation(nn.Module):
         return self.apply(sinogram, self.draw(len(sinogram), generator))
 
 
+SYMMETRY_LABEL_SIZE = 8
+"""Length of ``SymmetryParameters.label()``: the ``label_size`` of a ``Denoiser`` that is trained with symmetries."""
+
+
 class SymmetryParameters(NamedTuple):
     """What was done to the images of a batch, in this order.
 
@@ -149,6 +153,7 @@ class SymmetryParameters(NamedTuple):
         mirrored: whether left and right were exchanged, ``(batch,)``, bool.
         angle_rad: counter-clockwise rotation, ``(batch,)``.
         translation_mm: movement to the right and upwards, ``(batch, 2)``.
+        blur_mm: full width at half maximum of a round Gaussian, ``(batch,)``; 0 is none.
     """
 
     gain: Tensor
@@ -156,12 +161,14 @@ class SymmetryParameters(NamedTuple):
     mirrored: Tensor
     angle_rad: Tensor
     translation_mm: Tensor
+    blur_mm: Tensor
 
     def label(self) -> Tensor:
-        """Return what a network is told of the augmentation, ``(batch, 7)`` float32; all zero for the identity.
+        """Return what a network is told, ``(batch, SYMMETRY_LABEL_SIZE)`` float32; all zero for the identity.
 
-        Columns: cos(angle) - 1, sin(angle), mirrored, movement right and up in units of 100 mm, log dilation, log gain
-        (augment-conditioning of arXiv 2206.00364, section 5: zeros at sampling, so that nothing leaks).
+        Columns: cos(angle) - 1, sin(angle), mirrored, movement right and up in units of 100 mm, log dilation, log gain,
+        blur in units of 10 mm (augment-conditioning of arXiv 2206.00364, section 5: zeros at sampling, so that nothing
+        leaks).
         """
         return torch.stack(
             [
@@ -171,16 +178,20 @@ class SymmetryParameters(NamedTuple):
                 *(self.translation_mm / 100).unbind(1),
                 self.dilation.log(),
                 self.gain.log(),
+                self.blur_mm / 10,
             ],
             dim=1,
         )
 
 
 class SymmetryAugmentation(nn.Module):
-    """Exact symmetries of sinograms: rotation, reflection, translation, dilation and gain of the image.
+    """Exact symmetries of sinograms: rotation, reflection, translation, dilation, gain and blur of the image.
 
-    By default only what permutes bins, so that Poisson noise stays Poisson noise and nothing turns negative; the other
-    operations interpolate between bins.
+    By default only what permutes bins, so that Poisson noise stays Poisson noise and nothing turns negative: do not
+    ask for more of noisy sinograms without a reason. Rotation by any angle and translation interpolate; they keep the
+    variance of noise, but not its distribution, and let values near zero turn negative. Dilation by c multiplies the
+    variance by c^2 (below 1: by c^3; counts would have c), a gain by its square, a blur as wide as a bin by 0.6. A
+    network that is told of these (``label``) learns them apart; a noise-free sinogram has nothing to lose.
 
     Args:
         geometry: of the sinograms.
@@ -190,6 +201,7 @@ class SymmetryAugmentation(nn.Module):
         dilation: smallest and largest factor.
         gain: smallest and largest factor.
         probability: of each operation, drawn independently for each sample.
+        blur_mm: largest full width at half maximum, mm.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -204,6 +216,7 @@ class SymmetryAugmentation(nn.Module):
         dilation: tuple[float, float] = (1.0, 1.0),
         gain: tuple[float, float] = (1.0, 1.0),
         probability: float = 1.0,
+        blur_mm: float = 0.0,
     ) -> None:
         super().__init__()
         if rotation not in (True, False, "views", "any"):
@@ -220,15 +233,19 @@ class SymmetryAugmentation(nn.Module):
                 f"translation_mm is {translation_mm}, but must lie between 0 and the radius of the field of view, "
                 f"{geometry.field_of_view_mm:g} mm."
             )
+        if not blur_mm >= 0:
+            raise ValueError(f"blur_mm is {blur_mm}, but must be 0 (none) or the largest width in mm.")
         self.geometry, self.probability, self.translation_mm = geometry, probability, translation_mm
+        self.blur_mm = blur_mm
         self.rotation = "views" if rotation is True else rotation
         self.reflection = reflection
         self._log_factors = [(math.log(low), math.log(high)) for low, high in (gain, dilation)]
 
     def draw(self, batch_size: int, generator: torch.Generator) -> SymmetryParameters:
         """Draw parameters for a batch, on the generator's device."""
-        u = torch.rand(batch_size, 11, generator=generator, device=generator.device)
-        done = (u[:, 6:] < self.probability).float()
+        u = torch.rand(batch_size, 13 if self.blur_mm else 11, generator=generator, device=generator.device)
+        done = (u[:, 6:11] < self.probability).float()
+        blurred = u[:, 11] * (u[:, 12] < self.probability) if self.blur_mm else torch.zeros_like(u[:, 0])
         gain, dilation = (
             (low + (high - low) * u[:, i]) * done[:, i] for i, (low, high) in enumerate(self._log_factors)
         )
@@ -242,6 +259,7 @@ class SymmetryAugmentation(nn.Module):
             mirrored=u[:, 2] < 0.5 * done[:, 2] * self.reflection,
             angle_rad=angle * done[:, 3] * (math.pi / self.geometry.n_views * bool(self.rotation)),
             translation_mm=(2 * u[:, 4:6] - 1) * (done[:, 4:] * self.translation_mm),
+            blur_mm=blurred * self.blur_mm,
         )
 
     def apply(  # type: ignore[override]
@@ -261,7 +279,7 @@ class SymmetryAugmentation(nn.Module):
         if parameters is None:
             return super().apply(sinogram)  # type: ignore[arg-type, return-value]
         n_views = self.geometry.n_views
-        gain, dilation, mirrored, angle, translation = parameters
+        gain, dilation, mirrored, angle, translation, blur = parameters
         if bool((gain != 1).any()):
             sinogram = sinogram * gain.to(sinogram)[:, None, None, None]
         if bool((dilation != 1).any()):
@@ -276,6 +294,8 @@ class SymmetryAugmentation(nn.Module):
             sinogram = symmetry.rotate(sinogram, angle)
         if bool((translation != 0).any()):
             sinogram = symmetry.translate(sinogram, self.geometry, *translation.unbind(1))
+        if bool((blur != 0).any()):
+            sinogram = symmetry.blur(sinogram, self.geometry, blur)
         return sinogram
 
     def forward(self, sinogram: Tensor, generator: torch.Generator) -> tuple[Tensor, SymmetryParameters]:

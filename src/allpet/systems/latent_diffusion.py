@@ -123,6 +123,10 @@ class _Aside(Aside):
 class LatentDiffusion(LatentSystem):
     """Latent diffusion with prompts (Rombach et al., arXiv 2112.10752, on the stacks of arXiv 2509.09130).
 
+    Where the data module draws symmetries, the denoiser must have their label (``allpet.SYMMETRY_LABEL_SIZE``). It is
+    told of them in training, of none in validation and at sampling (augment-conditioning, Karras et al., arXiv
+    2206.00364, section 5), so that patients come out as they lie in the data.
+
     Args:
         autoencoder: the trained stage-1 network, or the folder it was exported to.
         denoiser: the network to train.
@@ -175,6 +179,23 @@ class LatentDiffusion(LatentSystem):
     def forward(self, noisy: Tensor, time: Tensor, prompt: Prompt, label: Tensor | None = None) -> Tensor:
         """Predict the training target of noisy latents; shapes as in ``Denoiser``."""
         return self.denoiser(noisy, time, prompt, label=label)
+
+    def setup(self, stage: str) -> None:
+        """Take the geometry from the data module, and see that the denoiser is told of what is done to the slices.
+
+        Raises:
+            ValueError: if the data module draws symmetries that the denoiser has no label for, or stage 1 was trained
+                on another geometry.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        symmetry, known = getattr(data, "symmetry", None), self.denoiser.config["label_size"]
+        needed = symmetry.draw(1, torch.Generator()).label().shape[1] if symmetry is not None else 0
+        if stage == "fit" and needed not in (0, known):
+            raise ValueError(
+                f"The data module draws symmetries, but the denoiser's label_size is {known}: give the denoiser "
+                f"label_size {needed}, or the data no symmetry; else turned and mirrored patients would be generated."
+            )
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
