@@ -1,7 +1,7 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
-# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune, NAME=gan|score|one_channel for baseline,
-# ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
+# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune, NAME=gan|score|one_channel for
+# baseline, ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 # PIP_ARGS="..." is appended to pip's.
 
 PYTHON ?= python3

@@ -19,8 +19,8 @@ class Panels(Callback):
     """Draw fixed validation slices at every validation, as sinograms and as FBP images, with a fixed colour range.
 
     Stage 1: input, expected, reconstruction, difference. Stage 2 and baselines: a real slice beside generated ones of
-    its prompt, from fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after weight
-    averaging in the list of callbacks, it shows the averaged weights.
+    its prompt, from fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after
+    weight averaging in the list of callbacks, it shows the averaged weights.
 
     Args:
         n_slices: validation slices, one per prompt first.

@@ -65,7 +65,7 @@ class VarianceExploding:
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}, but 0 < sigma_min < sigma_max must hold."
+                f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}: 0 < sigma_min < sigma_max must hold."
             )
         for name in ("spread", "rho"):
             if not getattr(self, name) > 0:

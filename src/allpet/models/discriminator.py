@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class PromptDiscriminator(nn.Module):
         self.patch, self.seam, self.multiple = patch, seam, patch * 2 ** (len(channels) - 1)
         rows, columns = -(-(shape[0] + 2 * seam) // self.multiple), -(-shape[1] // self.multiple)
         self.conv_in = nn.Conv2d(patch**2, channels[0], 3, padding=1)
-        self.blocks = nn.ModuleList(_Halving(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
+        self.blocks = nn.ModuleList(_Halving(a, b) for a, b in pairwise(channels))
         self.last = nn.Sequential(
             nn.Conv2d(channels[-1] + 1, channels[-1], 3, padding=1),
             nn.LeakyReLU(0.2),
@@ -89,11 +90,13 @@ class PromptDiscriminator(nn.Module):
         hidden = F.leaky_relu(self.conv_in(F.pixel_unshuffle(sinogram, self.patch)), 0.2)
         for block in self.blocks:
             hidden = block(hidden)
-        spread = (hidden.float().var(0, unbiased=False) + 1e-8).sqrt().mean()
+        whole = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        spread = (whole.var(0, unbiased=False) + 1e-8).sqrt().mean()
         hidden = torch.cat([hidden, spread.to(hidden.dtype).expand(len(hidden), 1, *hidden.shape[-2:])], dim=1)
-        features = self.last(hidden).float()
+        features = self.last(hidden)
         words = self.tracer(prompt.tracer) + self.region(prompt.region)
-        return self.score(features)[:, 0].float() + (words.float() * features).sum(1) / math.sqrt(features.shape[1])
+        # float32 embeddings promote features that are shorter
+        return self.score(features)[:, 0] + (words * features).sum(1) / math.sqrt(features.shape[1])
 
 
 class _Halving(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +123,8 @@ class SinogramGAN(SinogramSystem):
             ``generator``, which sends none into the discriminator, ``discriminator``, and, where it is due,
             ``penalty``.
         """
-        assert self.discriminator is not None and self.geometry is not None
+        assert self.discriminator is not None
+        assert self.geometry is not None
         real = self.augmentation(real, self.geometry, generators)
         fake = self.augmentation(fake, self.geometry, generators)
         # The verdict on the generated must move the generator only, so it is asked of detached weights.
@@ -186,9 +188,8 @@ class SinogramGAN(SinogramSystem):
         return system.eval()
 
     def _adamw(self) -> torch.optim.Optimizer:
-        players = [self.generator.parameters()]
-        groups = [{"params": list(players[0])}]
+        groups: list[dict[str, Any]] = [{"params": list(self.generator.parameters())}]
         if self.discriminator is not None:
             rate = self.discriminator_factor * self.learning_rate
-            groups.append({"params": list(self.discriminator.parameters()), "lr": rate})  # type: ignore[dict-item]
+            groups.append({"params": list(self.discriminator.parameters()), "lr": rate})
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, weight_decay=0.0)

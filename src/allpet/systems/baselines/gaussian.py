@@ -106,10 +106,11 @@ class PromptGaussian(nn.Module):
         Raises:
             ValueError: if no training slice answers a prompt.
         """
+        asked = list(zip(prompt.tracer.tolist(), prompt.region.tolist(), strict=True))
+        weights = {words: self.counts * answers(words, self.known) for words in set(asked)}
         drawn = []
-        for tracer, region, generator in zip(prompt.tracer.tolist(), prompt.region.tolist(), generators, strict=True):
-            weights = self.counts * answers((tracer, region), self.known)
-            group = int(torch.multinomial(weights, 1, generator=generator))
+        for words, generator in zip(asked, generators, strict=True):
+            group = int(torch.multinomial(weights[words], 1, generator=generator))
             mean, factor = self.get_buffer(f"mean_{group}"), self.get_buffer(f"factor_{group}")
             value = mean + torch.randn(len(factor), generator=generator).to(mean) @ factor
             if self.diagonal:

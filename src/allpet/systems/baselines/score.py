@@ -82,7 +82,7 @@ class ScoreModel(SinogramSystem):
         optimizer: OptimizerName = "adamw",
         others_factor: float = 1.0,
         prompt_dropout: float = 0.1,
-        sampling: ScoreSampling = ScoreSampling(),  # noqa: B008 - frozen
+        sampling: ScoreSampling = ScoreSampling(),
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
@@ -119,7 +119,7 @@ class ScoreModel(SinogramSystem):
         return self.denoiser
 
     def setup(self, stage: str) -> None:
-        """Take geometry and scale from the data module and measure the training slices; what came with weights stays."""
+        """Take geometry and scale from the data and measure the training slices; what came with weights stays."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and data is not None and not self.data_std:
@@ -171,7 +171,7 @@ class ScoreModel(SinogramSystem):
         save_pretrained(folder, config, self.state_dict(), card)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, sampling: ScoreSampling = ScoreSampling()) -> ScoreModel:  # noqa: B008
+    def from_pretrained(cls, folder: str | Path, sampling: ScoreSampling = ScoreSampling()) -> ScoreModel:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "ScoreModel")
         system = cls(Denoiser(**config["denoiser"]), VarianceExploding(**config["process"]), sampling=sampling)
