@@ -1,7 +1,7 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
-# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune,
-# ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
+# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune, NAME=gan|score|one_channel for
+# baseline, ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 # PIP_ARGS="..." is appended to pip's.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ KIND ?= auto
 SCALE ?= laptop
 TASK ?=
 PAIRS ?=
+NAME ?=
 ARGS ?=
 
 VENV := .venv
@@ -30,7 +31,7 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune baseline sample validate-data benchmark gpu-check simulator-report clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +74,16 @@ finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separ
 		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion)."; exit 1; }
 	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \
 		-c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
+
+baseline: $(READY) ## What stage 2 is compared with (NAME=gan|score|one_channel DATA= KIND= SCALE=)
+	@test -f "experiments/baselines/$(NAME).yaml" || \
+		{ echo "Name the baseline: make baseline NAME=gan (score, one_channel)."; exit 1; }
+ifeq ($(NAME),one_channel)
+	$(call FIT,vae.yaml -c experiments/baselines/one_channel)
+	$(call FIT,ldm.yaml -c experiments/baselines/one_channel_ldm)
+else
+	$(call FIT,baselines/$(NAME))
+endif
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

@@ -11,15 +11,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Radon, SinogramBatch, fbp
+from allpet.systems.baselines.base import SinogramGenerator
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, pixels, save_figure, top
 
 
 class Panels(Callback):
     """Draw fixed validation slices at every validation, as sinograms and as FBP images, with a fixed colour range.
 
-    Stage 1: input, expected, reconstruction, difference. Stage 2: a real slice beside generated ones of its prompt,
-    from fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after weight
-    averaging in the list of callbacks, it shows the averaged weights.
+    Stage 1: input, expected, reconstruction, difference. Stage 2 and baselines: a real slice beside generated ones of
+    its prompt, from fixed seeds. PNGs go to the run's ``panels/`` and to every logger that takes images. Placed after
+    weight averaging in the list of callbacks, it shows the averaged weights.
 
     Args:
         n_slices: validation slices, one per prompt first.
@@ -78,25 +79,30 @@ class Panels(Callback):
         """Draw one panel.
 
         Args:
-            system: of stage 1 or 2, on the batch's device.
+            system: of stage 1 or 2 or a baseline, on the batch's device.
             batch: the slices.
             radon: the projector they belong to.
             title: what stands above.
 
         Raises:
-            TypeError: if the system is of neither stage.
+            TypeError: if the system is of neither stage and no baseline.
         """
         if isinstance(system, AutoencoderSystem):
             return reconstruction_figure(batch, system.reconstruct(batch), radon, title)
-        if isinstance(system, LatentDiffusion):
+        if isinstance(system, (LatentDiffusion, SinogramGenerator)):
             n = len(batch.sinogram)
             seeds = list(range(n * self.n_generated))
             prompt = Prompt(*(index.repeat_interleave(self.n_generated) for index in batch.prompt))
-            # as the network makes them: on the training grid, without the noise that sampling may add
-            sampling = replace(system.sampling, steps=self.steps, n_views=None, n_bins=None, counts=None)
-            generated = system.sample(prompt, seeds, sampling)
+            if isinstance(system, LatentDiffusion):
+                # as the network makes them: on the training grid, without the noise that sampling may add
+                sampling = replace(system.sampling, steps=self.steps, n_views=None, n_bins=None, counts=None)
+                generated = system.sample(prompt, seeds, sampling)
+            else:
+                generated = system.sample(prompt, seeds)
             return generation_figure(batch, generated.sinogram.unflatten(0, (n, self.n_generated)), radon, title)
-        raise TypeError(f"Panels are drawn of stage 1 or 2, not of {type(system).__name__}: remove callbacks.Panels.")
+        raise TypeError(
+            f"Panels are drawn of stage 1 or 2 or a baseline, not of {type(system).__name__}: remove callbacks.Panels."
+        )
 
     def _choose(self, trainer: Trainer) -> SinogramBatch:
         slices = trainer.datamodule.val_set  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import allpet
 from allpet import LatentDiffusion, ParallelBeam, Prompt, Radon, fbp
+from allpet.systems.baselines.base import SinogramGenerator
 from allpet.systems.latent_diffusion import Samples
 from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
 
@@ -43,9 +44,9 @@ class SampleWriter(Callback):
         """Refuse systems that do not generate.
 
         Raises:
-            TypeError: if the system is not of stage 2.
+            TypeError: if the system is neither of stage 2 nor a baseline.
         """
-        if stage == "predict" and not isinstance(pl_module, LatentDiffusion):
+        if stage == "predict" and not isinstance(pl_module, (LatentDiffusion, SinogramGenerator)):
             raise TypeError(f"Samples come from stage 2, not from {type(pl_module).__name__}: name a stage-2 folder.")
 
     def on_predict_batch_end(
@@ -81,8 +82,7 @@ class SampleWriter(Callback):
         os.replace(path.with_name(f".{path.name}.part"), path)
         self._file = None
         written = [path, save_figure(gallery(self._shown), self._path(trainer, "gallery.png"))]
-        if self._asked:
-            assert isinstance(pl_module, LatentDiffusion)
+        if self._asked and isinstance(pl_module, LatentDiffusion):  # others have nothing in between to show
             names, seeds = zip(*self._asked, strict=True)
             written.append(transition(pl_module, names, seeds, self._path(trainer, "transition.gif")))
         print("Wrote", ", ".join(map(str, written)))

@@ -24,6 +24,14 @@ COMMANDS += [
     for task in TASKS
     for scale in SCALES
 ]
+COMMANDS += [
+    ("fit", ("defaults.yaml", f"baselines/{name}.yaml", scale)) for name in ("gan", "score") for scale in SCALES
+]
+COMMANDS += [
+    ("fit", ("defaults.yaml", f"{stage}.yaml", f"baselines/{overlay}.yaml", scale))
+    for stage, overlay in (("vae", "one_channel"), ("ldm", "one_channel_ldm"))
+    for scale in SCALES
+]
 
 
 def words(files: tuple[str, ...]) -> list[str]:

@@ -26,6 +26,12 @@ _EXPORTS = {
     "diffusion.bridge_samplers": ["sample_dbim"],
     "systems.autoencoder": ["AutoencoderSystem"],
     "systems.latent_diffusion": ["LatentDiffusion", "Sampling"],
+    "systems.cost": ["sampling_cost", "training_flops"],
+    "systems.baselines.gan": ["SinogramGAN"],
+    "systems.baselines.gaussian": ["PCAGaussian"],
+    "systems.baselines.resampling": ["ResampledSlices"],
+    "systems.baselines.score": ["ScoreModel", "ScoreSampling"],
+    "systems.baselines.vae_prior": ["VAEPrior"],
     "systems.latent_bridge": ["BridgeSampling", "Condition", "LatentBridge"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -63,3 +63,31 @@ def prompt_index(name: str, vocabulary: Sequence[str], what: str) -> int:
         if plain.lower() == known.lower():
             return index
     raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(vocabulary)}.")
+
+
+def answers(asked: tuple[int, int], known: Prompt) -> Tensor:
+    """Say which slices answer a prompt: what is left open is not asked, and any part of the trunk is trunk.
+
+    Args:
+        asked: tracer and region, as indices into ``TRACERS`` and ``REGIONS``.
+        known: what the slices show.
+
+    Returns:
+        ``(slices,)`` bool.
+
+    Raises:
+        ValueError: if none does.
+    """
+    tracer, region = asked
+    parts = TRUNK_REGIONS if REGIONS[region] == "trunk" else ()
+    accepted = torch.tensor([region, *(REGIONS.index(part) for part in parts)], device=known.region.device)
+    right = torch.ones_like(known.region, dtype=torch.bool)
+    if tracer:
+        right &= known.tracer == tracer
+    if region:
+        right &= torch.isin(known.region, accepted)
+    if not right.any():
+        raise ValueError(
+            f"No slice answers {TRACERS[tracer]}:{REGIONS[region]}; there are {', '.join(sorted(set(known.names())))}."
+        )
+    return right
