@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -58,12 +57,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._steps = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        numbers: list[int | None] = [signal.SIGTERM]
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            numbers.append(environment.requeue_signal)
-        for number in numbers:
-            if number is not None and callable(handler := signal.getsignal(number)):
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if type(handler).__module__.startswith("lightning."):  # SIGTERM and, under SLURM, the one to requeue
                 self._handlers[number] = handler
                 signal.signal(number, self._wait)
 
@@ -86,7 +82,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._handlers[number](number, self._waiting.pop(number, None))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save nothing: by now weight averaging has replaced the weights to continue from. Signals act at once again."""
+        """Save nothing: by now weight averaging has replaced the weights to continue from."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -264,7 +264,8 @@ class AllpetCLI(LightningCLI):
 class RunConfig(SaveConfigCallback):
     """Write the resolved configuration into the run's folder and hand it to loggers that keep configurations.
 
-    Keys and the home folder are left out (``allpet.privacy``). Lightning's own writes where the first logger saves, which for W&B is shared by all runs.
+    Keys and the home folder are left out (``allpet.privacy``). Lightning's own writes where the first logger saves,
+    which for W&B is shared by all runs.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path, **kwargs: Any) -> None:
