@@ -6,7 +6,6 @@ as clinical PET images are; differences are blue (too little) to red (too much).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
+
+from allpet.io.atomic import replacing
 
 ACTIVITY = "gray_r"
 DIFFERENCE = "RdBu_r"
@@ -62,12 +63,9 @@ def draw_grid(
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a PNG, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    figure.savefig(scratch, format="png", dpi=120)
-    os.replace(scratch, path)
-    return path
+    with replacing(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
+    return Path(path)
 
 
 def save_animation(frames: Sequence[Sequence[Sequence[Tile]]], labels: Sequence[str], path: str | Path) -> Path:
@@ -78,8 +76,6 @@ def save_animation(frames: Sequence[Sequence[Sequence[Tile]]], labels: Sequence[
         labels: what stands above all at each moment.
         path: where to; written whole or not at all.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = _grid(len(frames[0]), len(frames[0][0]), " ", 1.3)
     tiles = [tile for row in frames[0] for tile in row]
     shown = [_show(axis, tile) for axis, tile in zip(axes.flat, tiles, strict=True)]
@@ -89,12 +85,11 @@ def save_animation(frames: Sequence[Sequence[Sequence[Tile]]], labels: Sequence[
         for picture, tile in zip(shown, [tile for row in rows for tile in row], strict=True):
             picture.set_data(_array(tile.values))
         pictures.append(Image.fromarray(pixels(figure)))
-    scratch = path.with_name(f".{path.name}.part")
     # the last moment stays: it is the result
     durations = [120] * (len(pictures) - 1) + [2000]
-    pictures[0].save(scratch, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    os.replace(scratch, path)
-    return path
+    with replacing(path) as scratch:
+        pictures[0].save(scratch, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return Path(path)
 
 
 def pixels(figure: Figure) -> np.ndarray:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from allpet.systems.base import Diverged
+from callbacks.export import not_finite
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -14,6 +21,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     It also saves after the last step that is planned, from within the epoch: a run whose budget is raised later goes
     on with the next batch, as if it had never stopped. Names end in ``step=NUMBER``.
+
+    Signals to stop (SIGTERM, and the one by which SLURM announces the end of a job) wait for the end of the step: then
+    SIGTERM leaves a checkpoint, and Lightning, which answers both, finds weights, position and optimiser in agreement.
 
     Args:
         every_n_steps: optimiser steps between checkpoints.
@@ -30,6 +40,9 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=True,  # otherwise a save that falls on the end of an epoch waits for validation
         )
+        self._steps = 0
+        self._handlers: dict[int, Any] = {}
+        self._waiting: dict[int, FrameType | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the run's folder from the trainer."""
@@ -38,17 +51,83 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = str((Path(trainer.default_root_dir) / "checkpoints").resolve())
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the signals that Lightning answers wait for the end of a step."""
+        super().on_train_start(trainer, pl_module)
+        self._steps = trainer.global_step
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if type(handler).__module__.startswith("lightning."):  # SIGTERM and, under SLURM, the one to requeue
+                self._handlers[number] = handler
+                signal.signal(number, self._wait)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every few steps, and after the last planned one."""
+        """Save every few steps, after the last planned one, and before the process is stopped."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step == self._steps:  # gradients are being accumulated, which a checkpoint does not hold
+            return
+        self._steps = trainer.global_step
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
-        if last and not self._should_skip_saving_checkpoint(trainer):
+        stopped = self._signals(trainer)
+        if (last or signal.SIGTERM in stopped) and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+        for number in stopped:
+            self._handlers[number](number, self._waiting.pop(number, None))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save nothing: by now weight averaging has replaced the weights to continue from."""
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save nothing: within a step, weights, position and optimiser are not in agreement."""
+        self._release()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save, unless the weights are spoilt; then remove what earlier processes left behind.
+
+        Raises:
+            Diverged: if weights are not finite.
+        """
+        if broken := not_finite(trainer.lightning_module):
+            raise Diverged(
+                f"{broken[0]} and {len(broken) - 1} other weights are not finite at step {trainer.global_step}, so "
+                "nothing is saved: lower --model.learning_rate or check the data (make validate-data)."
+            )
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and self.dirpath is not None:
+            kept = sorted(path for path in Path(self.dirpath).glob("*step=*.ckpt") if not path.is_symlink())
+            known = {Path(path).name for path in self.best_k_models}
+            for path in kept[: -self.save_top_k]:
+                if path.name not in known:  # its process was killed, or requeued, before it could be removed
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+    def _wait(self, number: int, frame: FrameType | None) -> None:
+        self._waiting[number] = frame
+
+    def _signals(self, trainer: Trainer) -> list[int]:
+        """Return the signals that any process of the training has got."""
+        if trainer.world_size == 1:
+            return list(self._waiting)
+        return [
+            number
+            for number in self._handlers
+            if trainer.strategy.reduce_boolean_decision(number in self._waiting, all=False)
+        ]
+
+    def _release(self) -> None:
+        """Give the signals back, and those that were waiting, too."""
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._wait:
+                signal.signal(number, handler)
+        handlers, waiting = self._handlers, self._waiting
+        self._handlers, self._waiting = {}, {}
+        for number, frame in waiting.items():
+            handlers[number](number, frame)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from allpet.io.scans import DataError
 from data_modules.loading import as_it_is
 
 Arrays = dict[str, np.ndarray]
@@ -183,6 +184,9 @@ class SliceCache(Dataset[int]):
                 file.attrs["patients"] = wanted
                 file.attrs["about"] = json.dumps({**self.about, "first_patient": k * self.patients_per_file})
             unfinished.replace(self.path(k))
+        except OSError as error:
+            finding = f"it cannot be written ({error.strerror or ' '.join(str(error).split())[:80]})"
+            raise DataError(self.path(k), finding, "free space, or name another folder with --data.cache") from error
         finally:
             unfinished.unlink(missing_ok=True)
         return wanted
@@ -196,7 +200,11 @@ class SliceCache(Dataset[int]):
         if self._owner != os.getpid():
             self._files, self._owner = OrderedDict(), os.getpid()
         if k not in self._files:
-            self._files[k] = h5py.File(self.path(k), "r")
+            try:
+                self._files[k] = h5py.File(self.path(k), "r")
+            except OSError as error:
+                finding = f"it is gone or damaged ({' '.join(str(error).split())[:80]})"
+                raise DataError(self.path(k), finding, "give the same command again, which makes it anew") from error
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(k)

@@ -25,13 +25,14 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import OmegaConf
 
-from allpet import runs
+from allpet import faults, runs
 from allpet.precision import fast_precision
-from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, trim_metrics
-from allpet.systems.base import Diverged
+from allpet.privacy import with_home, without_secrets
+from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, on_the_disk, trim_metrics
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
@@ -96,6 +97,7 @@ class AllpetCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Load the data, choose run and weights, then build model and trainer."""
+        self.config = _with_home(self.config)  # what a run's own config.yaml writes as ~
         config, fit = self.config[self.subcommand], self.subcommand == "fit"
         options = runs.RunOptions(**config.run)
         keep = options.root is not None and not config.trainer.fast_dev_run
@@ -108,12 +110,13 @@ class AllpetCLI(LightningCLI):
             elif keep and self.subcommand == "predict":
                 self.folder = _shared_folder() or runs.create_run(str(options.root), name=options.name).folder
                 os.environ[_SHARED_RUN] = str(self.folder)
+            if self.finished:
+                return
+            self.config_init = self.parser.instantiate_classes(self._for_folder())
         except (OSError, ValueError, RuntimeError) as error:
             # what the user gave cannot work: one sentence, no traceback
-            raise SystemExit(f"allpet: {error}") from error
-        if self.finished:
-            return
-        self.config_init = self.parser.instantiate_classes(self._for_folder())
+            said = faults.in_a_sentence(error) if isinstance(error, OSError) and error.errno else error
+            raise SystemExit(f"allpet: {said}") from error
         self.datamodule = data or self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
@@ -132,6 +135,7 @@ class AllpetCLI(LightningCLI):
             self.save_config_callback = None
             if self.subcommand != "fit":  # the scores are printed
                 kwargs["logger"] = trainer["logger"] or False
+            kwargs["plugins"] = [*_listed(trainer["plugins"]), AtomicCheckpointIO()]
             return super().instantiate_trainer(**kwargs)
         self.save_config_kwargs = {"folder": self.folder, "save_to_log_dir": False}
         given = trainer["logger"]
@@ -140,9 +144,7 @@ class AllpetCLI(LightningCLI):
             kwargs["logger"] = [*others, RunCSVLogger(self.folder)]
         elif self.subcommand != "fit":
             kwargs["logger"] = False
-        plugins = trainer["plugins"] or []
-        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        kwargs["plugins"] = [*_listed(trainer["plugins"]), AtomicCheckpointIO()]
         return super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -155,8 +157,26 @@ class AllpetCLI(LightningCLI):
             return
         try:
             super()._run_subcommand(subcommand)
-        except Diverged as error:
-            raise SystemExit(f"allpet: {error}") from error
+        except SIGTERMException as error:
+            raise SystemExit(f"allpet: Stopped from outside (SIGTERM).{self._kept()}") from error
+        except (SystemExit, KeyboardInterrupt):  # Lightning has answered Ctrl+C
+            rank_zero_info(f"Stopped.{self._kept()}")
+            raise
+        except Exception as error:
+            data, trainer = self.datamodule, self.config[subcommand].trainer
+            batch_size = getattr(data, "batch_size", None) if subcommand == "fit" else None
+            said = faults.in_a_sentence(error, batch_size, trainer.accumulate_grad_batches)
+            if said is None:
+                rank_zero_info(f"Stopped by an error.{self._kept()}")
+                raise
+            raise SystemExit(f"allpet: {said}{self._kept()}") from error
+
+    def _kept(self) -> str:
+        """Say what a training that was stopped has left."""
+        if self.run is None or _rank() != 0:
+            return ""
+        kept = runs.usable_checkpoint(self.run.checkpoints)
+        return f" The same command continues at step {kept[1]}." if kept else " No checkpoint had been written yet."
 
     def after_fit(self) -> None:
         """Record that the run has finished."""
@@ -186,12 +206,16 @@ class AllpetCLI(LightningCLI):
                 "Several processes were started from outside: name their common run with --run.name=NAME."
             )
         else:
+            for folder in runs.lost_runs(root) if first else ():
+                rank_zero_info(f"{folder} has checkpoints but no readable run.json: its training is not continued.")
             found = runs.find_run(root, key) if options.resume else None
             run = found or runs.create_run(root, key, data_hash)
         self.run, self.folder = run, run.folder
         if first:
             self._lock = run.lock()
             os.environ[_SHARED_RUN] = str(run.folder)
+            runs.tidy(run.folder)
+            runs.adopt_requeued(run)
         done, max_steps = run.record.get("finished"), config.trainer.max_steps
         if done and (done["limits"] == _limits(config.trainer) or 0 < max_steps <= done["step"]):
             self.finished = True
@@ -240,7 +264,8 @@ class AllpetCLI(LightningCLI):
 class RunConfig(SaveConfigCallback):
     """Write the resolved configuration into the run's folder and hand it to loggers that keep configurations.
 
-    Lightning's own writes where the first logger saves, which for W&B is shared by all runs.
+    Keys and the home folder are left out (``allpet.privacy``). Lightning's own writes where the first logger saves,
+    which for W&B is shared by all runs.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path, **kwargs: Any) -> None:
@@ -249,10 +274,9 @@ class RunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write config.yaml, whole or not at all."""
-        text = self.parser.dump(self.config, skip_none=False)
-        scratch = self.folder / ".config.yaml.part"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, self.folder / self.config_filename)
+        text = without_secrets(self.parser.dump(self.config, skip_none=False))
+        with on_the_disk(self.folder / self.config_filename) as scratch:
+            scratch.write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams(_without_paths_and_names(yaml.safe_load(text)))
@@ -263,6 +287,18 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("data") or {}
     kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in ("folder", "patient")}
     return {**config, "data": {**data, "init_args": kept}} if data else config
+
+
+def _with_home(config: Namespace) -> Namespace:
+    config = config.clone()
+    for key, value in config.items():
+        if key in config and not isinstance(value, Namespace):
+            config[key] = with_home(value)
+    return config
+
+
+def _listed(plugins: Any) -> list[Any]:
+    return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] if plugins else []
 
 
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:

@@ -5,10 +5,12 @@ Nothing in it is executed: the configuration names no class paths and safetensor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,17 @@ def save_pretrained(folder: str | Path, config: dict[str, Any], weights: dict[st
         )
         (scratch / "README.md").write_text(card or f"# {config['class']}\n", encoding="utf-8")
         scratch.chmod(0o755)
+        for path in scratch.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+            # moved aside in one step: at no moment is half an export in its place
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(scratch, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -71,10 +81,40 @@ def load_pretrained(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): export the model again.") from error
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): export the model again, or download it anew.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder} is damaged (config.json is no table): export the model again, or download it anew.")
     if config.get("class") != kind:
         raise ValueError(f"{folder} holds a {config.get('class')}, but a {kind} is needed: name its folder.")
-    if config.get("format_version", 0) > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {config['format_version']}, newer than {FORMAT_VERSION}: update allpet.")
+    version = config.get("format_version", 0)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {version}, newer than {FORMAT_VERSION}: update allpet.")
     return config, weights
+
+
+def pretrained_class(folder: str | Path) -> str | None:
+    """Return the name of the class that a folder says it holds; None where it says nothing that can be read."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = config.get("class") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+@contextlib.contextmanager
+def building(folder: str | Path) -> Iterator[None]:
+    """Turn what a configuration and weights that do not belong together cause into one sentence.
+
+    Raises:
+        ValueError: if a key is missing or unknown, or weights have other names or shapes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder} cannot be used: config.json and model.safetensors do not make a model of this version ({said}); "
+            "export it again, or download it anew."
+        ) from error

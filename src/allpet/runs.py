@@ -15,14 +15,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+
+from allpet.run_files import on_the_disk
 
 # What says how long, where to and how visibly, but not what is trained.
 _TRAINER_ASIDE = ("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler")
@@ -118,15 +122,23 @@ def fingerprint(config: dict[str, Any], data_hash: str, weights: str = "") -> st
 
 
 def list_runs(root: str | Path) -> list[Run]:
-    """Return the runs under a root, oldest first; folders without a readable run.json are none."""
+    """Return the runs under a root, oldest first; folders without a readable run.json are none (``lost_runs``)."""
     found = []
     for folder in Path(root).iterdir() if Path(root).is_dir() else []:
         try:
             record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             continue
-        found.append(Run(folder, record))
+        if isinstance(record, dict):
+            found.append(Run(folder, record))
     return sorted(found, key=lambda run: (run.record.get("created", ""), run.folder.name))
+
+
+def lost_runs(root: str | Path) -> list[Path]:
+    """Return the folders under a root that hold checkpoints but no readable run.json, so that no command finds them."""
+    known = {run.folder for run in list_runs(root)}
+    folders = Path(root).iterdir() if Path(root).is_dir() else []
+    return sorted(folder for folder in folders if folder not in known and any(folder.glob("checkpoints/*.ckpt")))
 
 
 def find_run(root: str | Path, key: str) -> Run | None:
@@ -153,7 +165,11 @@ def create_run(root: str | Path, key: str = "", data_hash: str = "", name: str |
             if name is not None:
                 raise FileExistsError(f"There is already a folder {folder}: choose another --run.name.") from None
             number += 1
+    # never before those that are there, even where the clock was set back: the newest is the last made
+    newest = max((run.record.get("created", "") for run in list_runs(root)), default="")
     created = datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    if created <= newest:
+        created = (datetime.fromisoformat(newest) + timedelta(microseconds=1)).isoformat(timespec="microseconds")
     return Run(folder, {}).update(fingerprint=key, data_hash=data_hash, created=created, finished=None)
 
 
@@ -206,8 +222,6 @@ def usable_checkpoint(folder: str | Path, before_step: int | None = None) -> tup
     Returns:
         the file and the number of optimiser steps it holds, or None if there is no whole one.
     """
-    for rest in Path(folder).glob(".*.part"):  # of a process that was killed while it wrote
-        rest.unlink()
     for step, path in sorted(_checkpoints(folder), reverse=True):
         if before_step is not None and step >= before_step:
             continue
@@ -216,6 +230,31 @@ def usable_checkpoint(folder: str | Path, before_step: int | None = None) -> tup
         path.rename(path.with_suffix(".damaged"))
         print(f"Checkpoint {path} is damaged and was renamed to *.damaged: the one before it is used.")
     return None
+
+
+def tidy(folder: str | Path) -> None:
+    """Remove what a process that was killed while it wrote left in a run's folder; whoever calls holds the run."""
+    folder = Path(folder)
+    for rest in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        rest.unlink()
+    for rest in folder.glob(".pretrained-*"):
+        shutil.rmtree(rest)
+
+
+def adopt_requeued(run: Run) -> None:
+    """Put the checkpoints that Lightning leaves for SLURM (``hpc_ckpt_N.ckpt``) among the run's own, by their steps.
+
+    Where they lie, Lightning would take the last of them even after the run had gone on from it.
+    """
+    for path in run.folder.glob("hpc_ckpt_*.ckpt"):
+        try:
+            step = int(torch.load(path, map_location="meta", weights_only=True)["global_step"])
+        except Exception:  # whatever a damaged file makes the reader raise, it cannot be continued from
+            path.rename(path.with_suffix(".damaged"))
+            print(f"Checkpoint {path} is damaged and was renamed to *.damaged: the one before it is used.")
+            continue
+        run.checkpoints.mkdir(exist_ok=True)
+        os.replace(path, run.checkpoints / f"step={step:08d}.ckpt")
 
 
 def _checkpoints(folder: str | Path) -> Iterator[tuple[int, Path]]:
@@ -235,6 +274,5 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with on_the_disk(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from allpet.losses import hinge_discriminator_loss, kl_divergence, stack_loss, w
 from allpet.metrics import relative_l2
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
 from allpet.systems.base import CosineSystem, OptimizerName
 
@@ -198,9 +198,10 @@ class AutoencoderSystem(CosineSystem):
             ValueError: if the folder holds another kind of model or damaged weights.
         """
         config, weights = load_pretrained(folder, "AutoencoderSystem")
-        system = cls(Autoencoder(**config["autoencoder"]))
-        system.autoencoder.load_state_dict(weights)
-        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        with building(folder):
+            system = cls(Autoencoder(**config["autoencoder"]))
+            system.autoencoder.load_state_dict(weights)
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
     def _log_error(self, name: str, sinogram: Tensor, batch: SinogramBatch) -> None:

@@ -71,6 +71,32 @@ class CosineSystem(LightningModule, ABC):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which class the weights belong to."""
+        checkpoint["system"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the weights with the networks before they are loaded.
+
+        Raises:
+            ValueError: if they are of another class, or of networks with other sizes.
+        """
+        kind, mine = checkpoint.get("system"), type(self).__name__
+        if kind not in (None, mine):
+            raise ValueError(
+                f"The checkpoint holds a {kind}, but a {mine} is trained: name a checkpoint of that class."
+            )
+        own, given = (
+            {name: value.shape for name, value in part.items()}
+            for part in (self.state_dict(), checkpoint["state_dict"])
+        )
+        if own != given:
+            differ = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+            raise ValueError(
+                f"The checkpoint holds other networks ({len(differ)} weights differ, such as {differ[0]}): give the "
+                "sizes that it was trained with."
+            )
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop before a loss that is no number spoils the weights; the last checkpoint stays good.
 

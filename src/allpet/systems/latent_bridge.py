@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from allpet.geometry import ParallelBeam
 from allpet.metrics import psnr, relative_l2
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, pretrained_class, save_pretrained
 from allpet.prompts import TRACERS, Prompt, prompt_index
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, PairedBatch
@@ -352,13 +351,14 @@ class LatentBridge(LatentSystem):
     def from_pretrained(cls, folder: str | Path, sampling: BridgeSampling = BridgeSampling()) -> LatentBridge:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "LatentBridge")
-        autoencoder, denoiser = Autoencoder(**config["autoencoder"]), Denoiser(**config["denoiser"])
-        for name, network in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
-            network.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
-        system = cls(autoencoder, denoiser, Bridge(**config["bridge"]), sampling=sampling)
-        system.moments.copy_(weights["moments"])
-        system.input_ratio.copy_(weights["input_ratio"])
-        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        with building(folder):
+            autoencoder, denoiser = Autoencoder(**config["autoencoder"]), Denoiser(**config["denoiser"])
+            for name, network in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
+                network.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            system = cls(autoencoder, denoiser, Bridge(**config["bridge"]), sampling=sampling)
+            system.moments.copy_(weights["moments"])
+            system.input_ratio.copy_(weights["input_ratio"])
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
     def _sample(
@@ -451,9 +451,7 @@ def start_from(denoiser: Denoiser, trained: Denoiser) -> None:
 
 def _load_stages(folder: Path) -> tuple[Autoencoder, ParallelBeam | None, Denoiser | None]:
     """Load the autoencoder, and the denoiser if there is one, from the folder of either stage."""
-    config = folder / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("class") if config.is_file() else None
-    if kind == "LatentDiffusion":
+    if pretrained_class(folder) == "LatentDiffusion":
         stage2 = LatentDiffusion.from_pretrained(folder)
         return stage2.autoencoder, stage2.geometry, stage2.denoiser
     stage1 = AutoencoderSystem.from_pretrained(folder)

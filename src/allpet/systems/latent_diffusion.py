@@ -19,7 +19,7 @@ from allpet.diffusion.schedule import Diffusion
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
@@ -309,15 +309,16 @@ class LatentDiffusion(LatentSystem):
     def from_pretrained(cls, folder: str | Path, sampling: Sampling = Sampling()) -> LatentDiffusion:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "LatentDiffusion")
-        parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
-        for name, value in weights.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        autoencoder, denoiser = Autoencoder(**config["autoencoder"]), Denoiser(**config["denoiser"])
-        autoencoder.load_state_dict(parts["autoencoder"])
-        denoiser.load_state_dict(parts["denoiser"])
-        system = cls(autoencoder, denoiser, Diffusion(**config["diffusion"]), sampling=sampling)
-        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        with building(folder):
+            parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+            for name, value in weights.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+            autoencoder, denoiser = Autoencoder(**config["autoencoder"]), Denoiser(**config["denoiser"])
+            autoencoder.load_state_dict(parts["autoencoder"])
+            denoiser.load_state_dict(parts["denoiser"])
+            system = cls(autoencoder, denoiser, Diffusion(**config["diffusion"]), sampling=sampling)
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
     def _training_latents(
