@@ -87,8 +87,9 @@ memory: $(READY) ## Estimate a training's peak memory, no GPU needed (CONFIG="a.
 	experiments/scale/gpu24.yaml\"."; exit 1; }
 	$(BIN)/python -m allpet.memory_report --config $(CONFIG) $(ARGS)
 
-benchmark: $(READY) ## Projector, masks and reconstruction beside other libraries and the memory's speed; 15 minutes
+benchmark: $(READY) ## Projector, masks, reconstruction and training steps beside other ways to do the same; 20 minutes
 	$(BIN)/python experiments/benchmarks/benchmark.py $(ARGS)
+	$(BIN)/python experiments/benchmarks/throughput.py $(filter --quick,$(ARGS))
 
 gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any interpreter with torch; installs nothing)
 	$(CHECK_PYTHON) experiments/benchmarks/gpu_check.py $(ARGS)

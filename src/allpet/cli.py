@@ -184,7 +184,7 @@ class AllpetCLI(LightningCLI):
         self, config: Namespace, options: runs.RunOptions, geometry: ParallelBeam | None = None
     ) -> None:
         budget, geometry = options.memory_budget_gb, geometry or geometry_of(config)
-        if budget is None or geometry is None or _rank() != 0:
+        if budget is None or geometry is None:
             return
         device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
         found = check_budget(training_of(config, self._parser("fit"), device, geometry), budget)

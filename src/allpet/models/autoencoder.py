@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
-from allpet.models.layers import moebius_pad
+from allpet.models.layers import adapt, moebius_pad
 from allpet.scaling import Scaling
 
 
@@ -68,6 +68,10 @@ class Autoencoder(nn.Module):
         seam: views of the flipped continuation (p(theta + pi, s) = p(theta, -s)) that are added at both ends before
             encoding and cropped after decoding; a multiple of the shrinking factor.
         stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks).
+        checkpointing: less memory in training, more time; see ``layers.adapt``. Like the two that follow it changes how
+            the network computes, not what, and is not part of an exported model.
+        channels_last: order of the channels in memory, see there.
+        compiled: whether to compile, see there.
 
     Raises:
         ValueError: if ``seam`` does not fit the shrinking factor.
@@ -84,6 +88,9 @@ class Autoencoder(nn.Module):
         patch: int = 1,
         seam: int = 0,
         stack_channels: int = 3,
+        checkpointing: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -122,20 +129,26 @@ class Autoencoder(nn.Module):
             layers_per_block=layers_per_block - 1,
             **shared,
         )
+        adapt((self.encoder, self.decoder), checkpointing, channels_last, compiled)
         self.scaling = Scaling()
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
-    def forward(self, stack: Tensor, noise: Tensor | None = None) -> tuple[Decoded, Posterior]:
+    def forward(
+        self, stack: Tensor, noise: Tensor | None = None, strip: bool = False
+    ) -> tuple[Decoded, Posterior]:
         """Encode and decode a stack in network range.
 
         Args:
             stack: ``(batch, 3, views, bins)``.
             noise: standard normal noise of the posterior's shape; None decodes the posterior's mean.
+            strip: whether the stack is a part of the half turn, with ``seam`` more views at both ends, which are the
+                sinogram's own and are not decoded.
         """
-        posterior = self.encode(stack)
+        posterior = self.encode(stack, strip)
         raw = posterior.mean if noise is None else posterior.sample(noise)
-        return self._decode_raw(raw, (stack.shape[-2], stack.shape[-1])), posterior
+        views = stack.shape[-2] - (2 * self.seam if strip else 0)
+        return self._decode_raw(raw, (views, stack.shape[-1])), posterior
 
     def latent_shape(self, views: int, bins: int) -> tuple[int, int, int]:
         """``(channels, rows, columns)`` of the latent of a sinogram of ``(views, bins)``."""
@@ -145,13 +158,13 @@ class Autoencoder(nn.Module):
             -(-bins // self.factor),
         )
 
-    def encode(self, stack: Tensor) -> Posterior:
+    def encode(self, stack: Tensor, strip: bool = False) -> Posterior:
         """Encode a stack in network range, ``(batch, 3, views, bins)``.
 
         Views and bins that are no multiple of the shrinking factor are filled up: views by the sinogram's own
-        flipped continuation, bins by zeros (nothing lies outside the field of view).
+        flipped continuation, bins by zeros (nothing lies outside the field of view). For ``strip`` see ``forward``.
         """
-        stack = self._fill(stack if self.stack_channels == 3 else stack[:, 1:2])
+        stack = self._fill(stack if self.stack_channels == 3 else stack[:, 1:2], strip)
         if self.patch > 1:
             stack = F.pixel_unshuffle(stack, self.patch)
         mean, log_variance = self.encoder(stack).chunk(2, dim=1)
@@ -181,8 +194,12 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def _fill(self, sinogram: Tensor) -> Tensor:
+    def _fill(self, sinogram: Tensor, strip: bool) -> Tensor:
         views, bins = sinogram.shape[-2:]
+        if strip:
+            if views % self.factor:
+                raise ValueError(f"A strip has {views} views, but must have a multiple of {self.factor}.")
+            return F.pad(sinogram, (0, -bins % self.factor))
         padded = moebius_pad(sinogram, self.seam + self.factor)
         padded = padded[:, :, self.factor : padded.shape[2] - self.factor + -views % self.factor]
         return F.pad(padded, (0, -bins % self.factor))

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from allpet.models.layers import DeviceAttention
+from allpet.models.layers import DeviceAttention, adapt
 from allpet.prompts import REGIONS, TRACERS, Prompt
 
 
@@ -31,6 +31,10 @@ class Denoiser(nn.Module):
         head_channels: channels per attention head.
         dropout: dropout inside residual blocks.
         label_size: length of an extra vector of conditions, such as the label of drawn symmetries; zeros mean none.
+        checkpointing: less memory in training, more time; see ``layers.adapt``. Like the two that follow it changes how
+            the network computes, not what, and is not part of an exported model.
+        channels_last: order of the channels in memory, see there.
+        compiled: whether to compile, see there.
 
     Raises:
         ValueError: if ``attention`` and ``channels`` differ in length.
@@ -47,6 +51,9 @@ class Denoiser(nn.Module):
         head_channels: int = 32,
         dropout: float = 0.0,
         label_size: int = 0,
+        checkpointing: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if len(attention) != len(channels):
@@ -84,6 +91,7 @@ class Denoiser(nn.Module):
         # Start from "predict zero", as the diffusion literature does and diffusers does not.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+        adapt([self.unet], checkpointing, channels_last, compiled)
         width = channels[0] * 4
         self.tracer = nn.Embedding(len(TRACERS), width)
         self.region = nn.Embedding(len(REGIONS), width)
