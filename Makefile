@@ -10,6 +10,7 @@ DATA ?=
 KIND ?= auto
 SCALE ?= laptop
 TASK ?=
+CONFIG ?=
 PAIRS ?=
 NAME ?=
 ARGS ?=
@@ -31,7 +32,8 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune baseline sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune baseline sample validate-data memory benchmark \
+	gpu-check simulator-report clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,8 +94,14 @@ validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }
 	$(BIN)/python -m data_modules.validate "$(DATA)" --kind $(KIND) $(ARGS)
 
-benchmark: $(READY) ## Projector, masks and reconstruction beside other libraries and the memory's speed; 15 minutes
+memory: $(READY) ## Estimate a training's peak memory, no GPU needed (CONFIG="a.yaml b.yaml" merged left to right)
+	@test -n "$(CONFIG)" || { echo "Name the files: make memory CONFIG=\"experiments/defaults.yaml experiments/vae.yaml \
+	experiments/scale/gpu24.yaml\"."; exit 1; }
+	$(BIN)/python -m allpet.memory_report --config $(CONFIG) $(ARGS)
+
+benchmark: $(READY) ## Projector, masks, reconstruction and training steps beside other ways to do the same; 20 minutes
 	$(BIN)/python experiments/benchmarks/benchmark.py $(ARGS)
+	$(BIN)/python experiments/benchmarks/throughput.py $(filter --quick,$(ARGS))
 
 gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any interpreter with torch; installs nothing)
 	$(CHECK_PYTHON) experiments/benchmarks/gpu_check.py $(ARGS)

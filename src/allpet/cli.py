@@ -14,8 +14,9 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
 from filelock import FileLock
 from jsonargparse import Namespace, set_parsing_settings
@@ -30,6 +31,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from omegaconf import OmegaConf
 
 from allpet import faults, runs
+from allpet.geometry import ParallelBeam
+from allpet.memory import GB, check_budget, geometry_of, training_of
 from allpet.precision import fast_precision
 from allpet.privacy import with_home, without_secrets
 from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, on_the_disk, trim_metrics
@@ -40,6 +43,12 @@ _SHARED_RUN = "ALLPET_RUN_FOLDER"
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args``, a list of words, takes the place of the shell's."""
+    prepare()
+    AllpetCLI(args)
+
+
+def prepare() -> None:
+    """Set up what parsing a configuration needs."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a newer name exists, but means something else in omegaconf 2.3
@@ -50,7 +59,6 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
-    AllpetCLI(args)
 
 
 class AllpetCLI(LightningCLI):
@@ -102,7 +110,11 @@ class AllpetCLI(LightningCLI):
         options = runs.RunOptions(**config.run)
         keep = options.root is not None and not config.trainer.fast_dev_run
         try:
+            if fit:
+                self._check_memory(config, options)
             data = self._load_data(config) if fit else None
+            if data and geometry_of(config) is None:
+                self._check_memory(config, options, data.geometry)  # type: ignore[attr-defined]
             weights = _resolve_pretrained(config, data.stage1_data_hash if data else None)  # type: ignore[attr-defined]
             if keep and data:
                 key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
@@ -187,6 +199,16 @@ class AllpetCLI(LightningCLI):
             limits = _limits(self.config[self.subcommand].trainer)
             self.run.update(finished={"step": self.trainer.global_step, "limits": limits})
             rank_zero_info(f"Run {self.run.folder} has finished.")
+
+    def _check_memory(
+        self, config: Namespace, options: runs.RunOptions, geometry: ParallelBeam | None = None
+    ) -> None:
+        budget, geometry = options.memory_budget_gb, geometry or geometry_of(config)
+        if budget is None or geometry is None:
+            return
+        device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+        found = check_budget(training_of(config, self._parser("fit"), device, geometry), budget)
+        rank_zero_info(f"Estimated peak memory: {found.peak / GB:.2f} GB of {budget:g} GB.")
 
     def _load_data(self, config: Namespace) -> LightningDataModule:
         data: LightningDataModule = self._parser("fit").instantiate_classes(Namespace(data=config.data)).data

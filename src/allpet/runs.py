@@ -37,17 +37,20 @@ _DATA_ASIDE = ("folder", "cache", "num_workers")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run lands and whether it continues.
+    """Where a run lands, whether it continues, and what it may take.
 
     Args:
         root: folder of the stage's runs, such as outputs/vae; None keeps no runs.
         resume: whether the newest run with the same configuration and data is continued; False starts a new one.
         name: name of the run's folder; None numbers it. Needed where a launcher starts all processes itself.
+        memory_budget_gb: most memory on each device, GB of 1e9 bytes; a training whose estimated peak
+            (``allpet.memory``) is larger is refused before it begins. None for no limit.
     """
 
     root: str | None = None
     resume: bool = True
     name: str | None = None
+    memory_budget_gb: float | None = None
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,22 @@ def roll_views(sinogram: Tensor, views: Tensor | int) -> Tensor:
         sinogram: ``(batch, channel, views, bins)``.
         views: whole number, or ``(batch,)`` int64; one view is ``pi / n_views``.
     """
-    n_views = sinogram.shape[-2]
-    shift = torch.as_tensor(views, device=sinogram.device).expand(len(sinogram))
-    source = (torch.arange(n_views, device=sinogram.device) - shift[:, None]) % (2 * n_views)
+    return strip(sinogram, -torch.as_tensor(views), sinogram.shape[-2])
+
+
+def strip(sinogram: Tensor, start: Tensor | int, views: int) -> Tensor:
+    """Cut out neighbouring views, all bins of each: a strip of the Moebius strip, which may lie across its seam.
+
+    Args:
+        sinogram: ``(batch, channel, views, bins)``.
+        start: first view, any whole number, or ``(batch,)`` int64; view n_views + k is view k with its bins flipped.
+        views: how many.
+
+    Returns:
+        ``(batch, channel, views asked for, bins)``.
+    """
+    first = torch.as_tensor(start, device=sinogram.device).expand(len(sinogram))
+    source = (first[:, None] + torch.arange(views, device=sinogram.device)) % (2 * sinogram.shape[-2])
     sample = torch.arange(len(sinogram), device=sinogram.device)[:, None]
     return extend(sinogram).transpose(1, 2)[sample, source].transpose(1, 2)
 

@@ -25,7 +25,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from allpet.consistency import helgason_ludwig_correction
-from allpet.models.layers import Padding, close_views, moebius_pad
+from allpet.models.layers import Padding, adapt, close_views, moebius_pad
 from allpet.scaling import Scaling
 
 Constraint = Literal["head", "free", "projected", "weighted"]
@@ -87,6 +87,10 @@ class Autoencoder(nn.Module):
         constraint: how positive + negative == full comes about, see the module.
         padding: what convolutions see beyond the edges of the half turn, see ``layers.close_views``: "zero",
             "moebius" or "symmetric" (needs ``patch=1``).
+        checkpointing: less memory in training, more time; see ``layers.adapt``. Like the two that follow it changes how
+            the network computes, not what, and is not part of an exported model.
+        channels_last: order of the channels in memory, see there.
+        compiled: whether to compile, see there.
 
     Raises:
         ValueError: if ``seam`` does not fit the shrinking factor, a choice is unknown or two exclude each other.
@@ -107,6 +111,9 @@ class Autoencoder(nn.Module):
         range_order: int | None = None,
         constraint: Constraint = "head",
         padding: Padding = "zero",
+        checkpointing: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -159,22 +166,28 @@ class Autoencoder(nn.Module):
             **shared,
         )
         close_views(self, padding)
+        adapt((self.encoder, self.decoder), checkpointing, channels_last, compiled)
         self.scaling = Scaling()
         # not in the file unless it is used, so that folders of earlier versions load
         self.register_buffer("full_weight", torch.tensor(2 / 3), persistent=constraint == "weighted")
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
-    def forward(self, stack: Tensor, noise: Tensor | None = None) -> tuple[Decoded, Posterior]:
+    def forward(
+        self, stack: Tensor, noise: Tensor | None = None, strip: bool = False
+    ) -> tuple[Decoded, Posterior]:
         """Encode and decode a stack in network range.
 
         Args:
             stack: ``(batch, 3, views, bins)``.
             noise: standard normal noise of the posterior's shape; None decodes the posterior's mean.
+            strip: whether the stack is a part of the half turn, with ``seam`` more views at both ends, which are the
+                sinogram's own and are not decoded.
         """
-        posterior = self.encode(stack)
+        posterior = self.encode(stack, strip)
         raw = posterior.mean if noise is None else posterior.sample(noise)
-        return self._decode_raw(raw, (stack.shape[-2], stack.shape[-1])), posterior
+        views = stack.shape[-2] - (2 * self.seam if strip else 0)
+        return self._decode_raw(raw, (views, stack.shape[-1]), strip), posterior
 
     def latent_shape(self, views: int, bins: int) -> tuple[int, int, int]:
         """``(channels, rows, columns)`` of the latent of a sinogram of ``(views, bins)``."""
@@ -184,16 +197,16 @@ class Autoencoder(nn.Module):
             -(-bins // self.factor),
         )
 
-    def encode(self, stack: Tensor) -> Posterior:
+    def encode(self, stack: Tensor, strip: bool = False) -> Posterior:
         """Encode a stack in network range, ``(batch, 3, views, bins)``.
 
         Views and bins that are no multiple of the shrinking factor are filled up: views by the sinogram's own
-        flipped continuation, bins by zeros (nothing lies outside the field of view).
+        flipped continuation, bins by zeros (nothing lies outside the field of view). For ``strip`` see ``forward``.
 
         Raises:
             ValueError: if the layers continue the views themselves and their number is no multiple.
         """
-        stack = self._fill(stack if self.stack_channels == 3 else stack[:, 1:2])
+        stack = self._fill(stack if self.stack_channels == 3 else stack[:, 1:2], strip)
         if self.patch > 1:
             stack = F.pixel_unshuffle(stack, self.patch)
         mean, log_variance = self.encoder(stack).chunk(2, dim=1)
@@ -243,13 +256,17 @@ class Autoencoder(nn.Module):
             raise ValueError(f"The weight of the full channel is {weight}, but must lie between 0 and 1.")
         self.full_weight.fill_(weight)
 
-    def _fill(self, sinogram: Tensor) -> Tensor:
+    def _fill(self, sinogram: Tensor, strip: bool) -> Tensor:
         views, bins = sinogram.shape[-2:]
-        if self.closed and views % self.factor:
+        if self.closed and (strip or views % self.factor):
             raise ValueError(
-                f"There are {views} views, but an autoencoder whose layers continue them needs a multiple of "
-                f"{self.factor}: use padding 'zero' with a seam."
+                f"There are {views} views{' of a strip' if strip else ''}, but an autoencoder whose layers continue "
+                f"them needs the half turn and a multiple of {self.factor}: use padding 'zero' with a seam."
             )
+        if strip:
+            if views % self.factor:
+                raise ValueError(f"A strip has {views} views, but must have a multiple of {self.factor}.")
+            return F.pad(sinogram, (0, -bins % self.factor))
         padded = moebius_pad(sinogram, self.seam + self.factor)
         padded = padded[:, :, self.factor : padded.shape[2] - self.factor + -views % self.factor]
         return F.pad(padded, (0, -bins % self.factor))
@@ -260,10 +277,10 @@ class Autoencoder(nn.Module):
             output = F.pixel_shuffle(output, self.patch)
         return output[:, :, self.seam : self.seam + shape[0], : shape[1]]
 
-    def _decode_raw(self, raw: Tensor, shape: tuple[int, int]) -> Decoded:
+    def _decode_raw(self, raw: Tensor, shape: tuple[int, int], strip: bool = False) -> Decoded:
         if self.constraint == "head":
             output = self._output(raw, shape)
-            full = self._in_range(F.softplus(output[:, :1], beta=_SHARPNESS))
+            full = self._in_range(F.softplus(output[:, :1], beta=_SHARPNESS), strip)
             mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.ones_like(full)
             positive = mask * full
             return Decoded(torch.cat([positive, full, full - positive], dim=1), mask)
@@ -274,14 +291,15 @@ class Autoencoder(nn.Module):
             positive, negative = (positive - half).clamp(min=0), (negative - half).clamp(min=0)
             full = positive + negative
         mask = positive / (positive + negative).clamp(min=1e-6)
-        full = self._in_range(full)
+        full = self._in_range(full, strip)
         if self.constraint != "free":
             positive = mask * full
             negative = full - positive
         return Decoded(torch.cat([positive, full, negative], dim=1), mask)
 
-    def _in_range(self, full: Tensor) -> Tensor:
-        if self.range_order is None:
+    def _in_range(self, full: Tensor, strip: bool) -> Tensor:
+        # moments relate all views, of which a strip has a part
+        if self.range_order is None or strip:
             return full
         return helgason_ludwig_correction(full, self.range_order).clamp(min=0)
 

@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from allpet.geometry import ParallelBeam
-from allpet.models.layers import DeviceAttention, moebius_pad
+from allpet.models.layers import DeviceAttention, adapt, moebius_pad
 from allpet.projector import Radon
 from allpet.prompts import REGIONS, TRACERS, Prompt
 from allpet.reconstruction import fbp
@@ -45,6 +45,10 @@ class Denoiser(nn.Module):
         seam_rows: rows of the flipped continuation that latents carry at either end, ``seam`` of the autoencoder over
             its shrinking factor; only the image domain needs to know.
         radon_channels: features that are backprojected and projected, even.
+        checkpointing: less memory in training, more time; see ``layers.adapt``. Like the two that follow it changes how
+            the network computes, not what, and is not part of an exported model.
+        channels_last: order of the channels in memory, see there.
+        compiled: whether to compile, see there.
 
     Raises:
         ValueError: if ``attention`` and ``channels`` differ in length or a choice is unknown.
@@ -64,6 +68,9 @@ class Denoiser(nn.Module):
         domain: Literal["sinogram", "image"] = "sinogram",
         seam_rows: int = 0,
         radon_channels: int = 32,
+        checkpointing: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if len(attention) != len(channels):
@@ -115,6 +122,7 @@ class Denoiser(nn.Module):
         last = self.unet.conv_out if domain == "sinogram" else self.sandwich.last
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        adapt([self.unet], checkpointing, channels_last, compiled)
         width = channels[0] * 4
         self.tracer = nn.Embedding(len(TRACERS), width)
         self.region = nn.Embedding(len(REGIONS), width)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Padding = Literal["zero", "moebius", "symmetric"]
 
@@ -105,3 +107,29 @@ class DeviceAttention:
         """Attend; arguments and result are those of diffusers' processors, which it looks up by name."""
         processor = self.plain if hidden_states.device.type == "cpu" else self.fused
         return processor(attention, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def adapt(parts: Iterable[nn.Module], checkpointing: bool, channels_last: bool, compiled: bool) -> None:
+    """Change how networks of diffusers compute, but not what.
+
+    Args:
+        parts: the networks.
+        checkpointing: compute what lies inside a block anew in the backward pass instead of keeping it (Chen et al.,
+            arXiv 1604.06174): less memory, about a third more time.
+        channels_last: keep the channels of a pixel together.
+        compiled: compile at the first call. Parameters keep their names, unlike with ``torch.compile(network)``.
+    """
+    for part in parts:
+        if checkpointing:
+            for layer in part.modules():
+                if hasattr(layer, "gradient_checkpointing"):
+                    layer.gradient_checkpointing = True  # type: ignore[assignment]
+                    layer._gradient_checkpointing_func = _recompute  # type: ignore[assignment]
+        if channels_last:
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compiled:
+            part.compile()
+
+
+def _recompute(layer: nn.Module, *arguments: Any) -> Any:
+    return checkpoint(layer, *arguments, use_reentrant=False)

@@ -18,6 +18,7 @@ from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
+from allpet.symmetry import strip
 from allpet.systems.base import CosineSystem, OptimizerName
 
 
@@ -43,7 +44,12 @@ class AutoencoderSystem(CosineSystem):
         discriminator: optional patch discriminator, trained in the same step.
         adversarial_weight: weight of its verdict on reconstructions.
         adversarial_start: first step at which the autoencoder listens to it.
-        seed: keys the posterior's noise.
+        seed: keys the posterior's noise and the strips.
+        strip_views: train on strips of so many neighbouring views of each slice, drawn anew in every epoch; it saves
+            memory in proportion, and all losses are those of single views or of patches. None for the half turn.
+
+    Raises:
+        ValueError: if strips do not fit the network.
     """
 
     def __init__(
@@ -62,8 +68,14 @@ class AutoencoderSystem(CosineSystem):
         adversarial_weight: float = 0.1,
         adversarial_start: int = 0,
         seed: int = 0,
+        strip_views: int | None = None,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
+        if strip_views is not None and (strip_views < 1 or strip_views % autoencoder.factor):
+            raise ValueError(
+                f"strip_views is {strip_views}, but must be a multiple of {autoencoder.factor}, the shrinking factor."
+            )
+        self.strip_views = strip_views
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.kl_weight, self.image_weight, self.mask_weight = kl_weight, image_weight, mask_weight
@@ -89,10 +101,17 @@ class AutoencoderSystem(CosineSystem):
             self.geometry = data.geometry
             if stage == "fit" and float(self.autoencoder.scaling.scale) == 1.0:
                 self.autoencoder.scaling.set_scale(data.scale)
+            if self.strip_views is not None and self.strip_views > self.geometry.n_views:
+                raise ValueError(
+                    f"strip_views is {self.strip_views}, but the sinograms have {self.geometry.n_views} views: choose "
+                    "fewer, or null for the whole half turn."
+                )
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """One step: loss of the autoencoder plus, on detached stacks, of the discriminator."""
-        target = self.autoencoder.scaling(batch.as_stack())
+        given = target = self.autoencoder.scaling(batch.as_stack())
+        if self.strip_views is not None:
+            batch, given, target = self._cut(batch, target, self.strip_views)
         shape = self.autoencoder.latent_shape(*target.shape[-2:])
         noise = torch.stack(
             [
@@ -100,7 +119,7 @@ class AutoencoderSystem(CosineSystem):
                 for sample in batch.sample_id.tolist()
             ]
         )
-        decoded, posterior = self.autoencoder(target, noise.to(target.device))
+        decoded, posterior = self.autoencoder(given, noise.to(target.device), strip=self.strip_views is not None)
         losses = self._losses(decoded.stack, decoded.mask, target, batch)
         losses["kl"] = kl_divergence(posterior.mean.float(), posterior.log_variance.float())
         loss = self._total(losses)
@@ -203,6 +222,17 @@ class AutoencoderSystem(CosineSystem):
             system.autoencoder.load_state_dict(weights)
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
+
+    def _cut(self, batch: SinogramBatch, stack: Tensor, views: int) -> tuple[SinogramBatch, Tensor, Tensor]:
+        """Cut a strip out of every slice: the batch with its masks cut, the strip with a seam at both ends, without."""
+        turn, seam = 2 * stack.shape[-2], self.autoencoder.seam
+        generators = [keyed_generator(self.seed, self.current_epoch, i, "strip") for i in batch.sample_id.tolist()]
+        start = torch.cat([torch.randint(turn, (1,), generator=generator) for generator in generators])
+        if batch.stack is not None:
+            mask = strip(batch.stack.mask, start.to(stack.device), views)
+            batch = batch._replace(stack=batch.stack._replace(mask=mask))
+        given = strip(stack, (start - seam).to(stack.device), views + 2 * seam)
+        return batch, given, given[:, :, seam : seam + views]
 
     def _log_error(self, name: str, sinogram: Tensor, batch: SinogramBatch) -> None:
         # relative to nothing, an error is infinite: slices without activity are left out

@@ -41,7 +41,8 @@ class LatentSystem(CosineSystem):
     @property
     def autoencoder(self) -> Autoencoder:
         """The frozen stage-1 network, on this module's device."""
-        return self._aside.autoencoder.to(self.device)
+        network = self._aside.autoencoder
+        return network if network.latent_mean.device == self.device else network.to(self.device)
 
     @property
     def backbone(self) -> nn.Module:
