@@ -4,7 +4,7 @@ import pytest
 import torch
 from analytic import CENTRES, ellipse_sinogram, gaussian_sinogram, relative_error
 
-from allpet import ParallelBeam, consistency
+from allpet import ParallelBeam, Radon, consistency
 from allpet.symmetry import extend, roll_views
 
 GEOMETRY = ParallelBeam(180, 128, 1.0, 128, 1.0)
@@ -93,6 +93,27 @@ def test_correction_is_computed_in_float32_whatever_the_autocast(clean: torch.Te
 def test_a_correction_beyond_what_the_bins_can_tell_is_refused(clean: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"n_max is 33, but must lie in 0..32 for 180 views of 128 bins"):
         consistency.helgason_ludwig_correction(clean, 33)
+
+
+@pytest.mark.parametrize("method", ["bow_tie", "helgason_ludwig", "reproject"])
+def test_corrected_sinograms_are_consistent_and_nearer_to_the_truth(method: str) -> None:
+    radon = Radon(LAPTOP)
+    x, y = LAPTOP.pixel_centers
+    disc = ((x - 30) ** 2 + y**2 < 90**2).float() + ((x + 20) ** 2 + y**2 < 30**2).float()
+    clean = radon.project(disc[None, None])
+    noisy = poisson(clean, 2e5, 8)
+    expected = (clean * (2e5 / clean.sum())).expand_as(noisy)
+    corrected = consistency.make_consistent(noisy, radon, method)
+    assert corrected.min() >= 0
+    assert corrected.sum() == pytest.approx(noisy.sum().item(), rel=0.01)
+    before, after = (consistency.helgason_ludwig_residual(p, LAPTOP).mean() for p in (noisy, corrected))
+    assert after < {"bow_tie": 0.8, "helgason_ludwig": 0.2, "reproject": 0.1}[method] * before
+    assert ((corrected - expected).flatten(1).norm(dim=1) < (noisy - expected).flatten(1).norm(dim=1)).all()
+
+
+def test_an_unknown_correction_is_refused() -> None:
+    with pytest.raises(ValueError, match="consistency is 'magic', but must be one of bow_tie, helgason_ludwig"):
+        consistency.make_consistent(torch.ones(1, 1, 64, 80), Radon(LAPTOP), "magic")
 
 
 def test_half_turn_over_a_full_turn(clean: torch.Tensor) -> None:

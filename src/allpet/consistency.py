@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from allpet.geometry import ParallelBeam
+from allpet.projector import Radon
+from allpet.reconstruction import osem
 from allpet.symmetry import extend
+
+Correction = Literal["bow_tie", "helgason_ludwig", "reproject"]
 
 
 def helgason_ludwig_residual(sinogram: Tensor, geometry: ParallelBeam, n_max: int = 20) -> Tensor:
@@ -37,7 +43,7 @@ def helgason_ludwig_residual(sinogram: Tensor, geometry: ParallelBeam, n_max: in
     p = _single(sinogram, geometry)
     n_views, n_bins = p.shape[-2:]
     moments, _ = _chebyshev(n_bins, n_max)
-    spectrum, forbidden = _moment_spectrum(p @ moments.to(p))
+    spectrum, forbidden = _moment_spectrum(p @ torch.from_numpy(moments).to(p))
     power = spectrum.real.square() + spectrum.imag.square()
     # Every harmonic but the first and the last stands for two.
     harmonic = torch.arange(n_views + 1, device=p.device)
@@ -68,7 +74,7 @@ def helgason_ludwig_correction(sinogram: Tensor, n_max: int = 20) -> Tensor:
     limit = min(n_bins // 4, n_views - 1)
     if not 0 <= n_max <= limit:
         raise ValueError(f"n_max is {n_max}, but must lie in 0..{limit} for {n_views} views of {n_bins} bins.")
-    weights, dual = (matrix.to(sinogram.device, torch.float32) for matrix in _chebyshev(n_bins, n_max))
+    weights, dual = (torch.from_numpy(m).to(sinogram.device, torch.float32) for m in _chebyshev(n_bins, n_max))
     with torch.autocast(sinogram.device.type, enabled=False):
         p = sinogram.float().flatten(0, 1)
         spectrum, forbidden = _moment_spectrum(p @ weights)
@@ -77,18 +83,19 @@ def helgason_ludwig_correction(sinogram: Tensor, n_max: int = 20) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _chebyshev(n_bins: int, n_max: int) -> tuple[Tensor, Tensor]:
+def _chebyshev(n_bins: int, n_max: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights that give the moments of order 0..n_max, and their dual, both ``(bins, n_max + 1)``, float64.
 
     The dual's k-th column has the k-th moment 1 and the others 0.
     """
-    orders = torch.arange(n_max + 1, dtype=torch.float64)
+    # NumPy: made under torch's fake tensors, the cache would keep matrices without contents.
+    orders = np.arange(n_max + 1)
     # The integral of U_n over a bin is the difference of T_{n+1} / (n + 1) at its edges.
-    edges = torch.linspace(-1, 1, n_bins + 1, dtype=torch.float64)
-    weights = (torch.cos((orders + 1) * torch.acos(edges)[:, None]) / (orders + 1)).diff(dim=0)
+    edges = np.linspace(-1, 1, n_bins + 1)
+    weights = np.diff(np.cos((orders + 1) * np.arccos(edges)[:, None]) / (orders + 1), axis=0)
     # sqrt(1 - s^2) U_n(s) = sin((n + 1) arccos(s)), orthogonal to U_m for m != n
-    shapes = torch.sin((orders + 1) * torch.acos((edges[1:] + edges[:-1]) / 2)[:, None])
-    return weights, shapes @ torch.linalg.inv(weights.T @ shapes)
+    shapes = np.sin((orders + 1) * np.arccos((edges[1:] + edges[:-1]) / 2)[:, None])
+    return weights, shapes @ np.linalg.inv(weights.T @ shapes)
 
 
 def _moment_spectrum(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,6 +198,48 @@ def bow_tie_filter(
     shape = (2 * n_views, 2 * n_bins)
     filtered = torch.fft.irfft2(torch.fft.rfft2(extend(p), s=shape) * inside, s=shape)
     return filtered[:, None, :n_views, :n_bins]
+
+
+def reproject(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: int = 8) -> Tensor:
+    """Replace sinograms by the projections of their images: wholly consistent, and never negative.
+
+    The image is that of a few iterations of OSEM, which keep the total and do not fit what no image can cause. What the
+    image grid and so few iterations cannot hold, the finest detail, is lost.
+
+    Args:
+        sinogram: ``(batch, 1, views, bins)``; negative values count as zero.
+        radon: the projector of its geometry.
+        iterations: of OSEM.
+        subsets: of OSEM; the next smaller number that divides the views is taken.
+
+    Returns:
+        the same shape and units.
+    """
+    n_views = radon.geometry.n_views
+    subsets = next(n for n in range(min(subsets, n_views), 0, -1) if n_views % n == 0)
+    return radon.project(osem(radon, sinogram.clamp(min=0), iterations, subsets))
+
+
+def make_consistent(sinogram: Tensor, radon: Radon, method: Correction) -> Tensor:
+    """Correct sinograms that are meant to be expected ones.
+
+    Args:
+        sinogram: ``(batch, 1, views, bins)``.
+        radon: the projector of its geometry.
+        method: "bow_tie" (``bow_tie_filter``), "helgason_ludwig" (``helgason_ludwig_correction``) or "reproject"; what
+            turns negative is set to zero.
+
+    Raises:
+        ValueError: if the method is unknown.
+    """
+    if method == "bow_tie":
+        return bow_tie_filter(sinogram, radon.geometry).clamp(min=0)
+    if method == "helgason_ludwig":
+        n_max = min(20, radon.geometry.n_bins // 4, radon.geometry.n_views - 1)
+        return helgason_ludwig_correction(sinogram, n_max).clamp(min=0)
+    if method == "reproject":
+        return reproject(sinogram, radon)
+    raise ValueError(f"consistency is {method!r}, but must be one of {', '.join(get_args(Correction))}.")
 
 
 def consistency_numbers(sinogram: Tensor, geometry: ParallelBeam) -> dict[str, Tensor]:

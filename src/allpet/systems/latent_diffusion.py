@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from allpet.batches import PromptBatch, SinogramBatch
+from allpet.consistency import Correction, make_consistent
 from allpet.diffusion.guidance import drop_prompt, guide
 from allpet.diffusion.samplers import SAMPLERS, SamplerName, StepCallback, draw_samples
 from allpet.diffusion.schedule import Diffusion
@@ -20,6 +21,7 @@ from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
 from allpet.pretrained import building, load_pretrained, save_pretrained
+from allpet.projector import Radon
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
@@ -47,6 +49,7 @@ class Sampling:
         n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
         counts: expected total counts per sinogram of Poisson noise to add; None returns the expected sinogram.
         batch_size: samples per denoiser call.
+        consistency: how to correct what the decoder gives, see ``consistency.make_consistent``; None leaves it raw.
     """
 
     sampler: SamplerName = "ddpm"
@@ -59,6 +62,7 @@ class Sampling:
     n_bins: int | None = None
     counts: float | None = None
     batch_size: int = 64
+    consistency: Correction | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -71,6 +75,10 @@ class Sampling:
         if not 0 <= low < high <= 1:
             raise ValueError(
                 f"guidance_interval is {(low, high)}, but must be (smallest, largest) share of the last time, 0..1."
+            )
+        if self.consistency is not None and self.consistency not in get_args(Correction):
+            raise ValueError(
+                f"consistency is {self.consistency!r}, but must be one of {', '.join(get_args(Correction))}, or null."
             )
         if self.counts is not None and not self.counts > 0:
             raise ValueError(f"counts is {self.counts}, but must be positive: leave it out for noise-free sinograms.")
@@ -286,6 +294,8 @@ class LatentDiffusion(LatentSystem):
         stack = self.autoencoder.scaling.inverse(torch.cat(stacks))
         geometry = sampling.geometry(self.geometry)
         sinogram = stack[:, 1:2]
+        if sampling.consistency is not None:
+            sinogram = make_consistent(sinogram, Radon(self.geometry), sampling.consistency)
         if geometry != self.geometry:
             sinogram = resample(sinogram, self.geometry, geometry)
         if sampling.counts is not None:
