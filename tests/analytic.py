@@ -46,6 +46,18 @@ def ellipse_sinogram(geometry: ParallelBeam) -> Tensor:
     return total[None, None]
 
 
+def smooth_image(geometry: ParallelBeam, edge_mm: float = 8.0) -> Tensor:
+    """``ELLIPSES`` with soft edges on the geometry's image grid, ``(1, 1, rows, columns)`` float32."""
+    x, y = (axis.double() / geometry.field_of_view_mm for axis in geometry.pixel_centers)
+    total = torch.zeros(geometry.image_shape, dtype=torch.float64)
+    for cx, cy, a, b, turn, height in ELLIPSES:
+        u = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
+        v = (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
+        depth = (1 - ((u / a) ** 2 + (v / b) ** 2).sqrt()) * min(a, b) * geometry.field_of_view_mm
+        total += height * torch.sigmoid(depth / edge_mm)
+    return total.float()[None, None]
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """|value - reference| / |reference|."""
     return float((value - reference).norm() / reference.norm())

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from analytic import CENTRES, HEIGHTS, SIGMAS, ellipse_sinogram, gaussian_sinogram, relative_error
+from analytic import CENTRES, HEIGHTS, SIGMAS, ellipse_sinogram, gaussian_sinogram, relative_error, smooth_image
 from torch import Tensor
 
-from allpet import ParallelBeam, symmetry
-from allpet.consistency import helgason_ludwig_residual
+from allpet import ParallelBeam, Radon, Sampling, symmetry
+from allpet.consistency import consistency_numbers, helgason_ludwig_residual
+from allpet.simulation import patient_slices
 
 GEOMETRY = ParallelBeam(64, 128, 4.0, 128, 4.0)
 ODD = ParallelBeam(45, 101, 5.0, 101, 5.0)
@@ -159,6 +161,34 @@ def test_resampling_keeps_counts_and_consistency(target: ParallelBeam) -> None:
     before, after = p.sum(-1) * source.bin_mm, resampled.sum(-1) * target.bin_mm
     assert (after / before.mean() - 1).abs().max() < 1e-4
     assert helgason_ludwig_residual(resampled, target) < 1e-3
+
+
+SOURCES = [ParallelBeam.preset("laptop"), ParallelBeam(128, 128, 3.375, 128, 3.375)]
+WANTED = [(96, 168), (180, 128), pytest.param((256, 400), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_views_and_bins_asked_for_are_those_of_a_projection_there(wanted: tuple[int, int]) -> None:
+    """A sinogram made on one geometry and resampled is the projection of the image on the other."""
+    for source in SOURCES:
+        made = Radon(source).project(smooth_image(source))
+        target = Sampling(n_views=wanted[0], n_bins=wanted[1]).geometry(source)
+        fine = replace(target, image_size=wanted[1], pixel_mm=target.bin_mm)
+        direct = Radon(fine).project(smooth_image(fine))
+        assert relative_error(symmetry.resample(made, source, target), direct) < 5e-4
+
+
+@pytest.mark.parametrize("wanted", [(96, 168), (180, 128), (256, 400)])
+@pytest.mark.parametrize("source", SOURCES, ids=["64x80", "128x128"])
+def test_any_views_and_bins_are_consistent(source: ParallelBeam, wanted: tuple[int, int]) -> None:
+    """Objects with edges and simulated slices, at a fifth of what generated sinograms are allowed or less."""
+    target = Sampling(n_views=wanted[0], n_bins=wanted[1]).geometry(source)
+    body = patient_slices(3, "abdomen", "FDG", 1, source).activity[None]
+    made = torch.cat([ellipse_sinogram(source).float(), Radon(source).project(body)])
+    numbers = consistency_numbers(symmetry.resample(made, source, target), target)
+    assert numbers["row_sum_cv"].max() < 1e-3
+    assert numbers["centre_residual"].max() < 1.5e-4
+    assert numbers["hl_residual"].max() < 2.4e-3
 
 
 def test_resampling_to_the_same_geometry_changes_nothing() -> None:
