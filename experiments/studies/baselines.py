@@ -1,0 +1,216 @@
+"""What else makes sinograms from the same slices with the same compute (arXiv 2509.09130, fig. 4)?
+
+Ours and the LDM of one channel without masks are trained for the steps of the budget; GAN and score-based model for as
+many steps as cost the same arithmetic; the others are fitted or draw from the training slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from allpet import (
+    AutoencoderSystem,
+    LatentDiffusion,
+    PCAGaussian,
+    Radon,
+    ResampledSlices,
+    Sampling,
+    ScoreModel,
+    ScoreSampling,
+    SinogramGAN,
+    SymmetryAugmentation,
+    VAEPrior,
+    osem,
+)
+from allpet.cli import main as allpet
+from allpet.runs import newest_pretrained
+from allpet.systems.cost import sampling_cost, training_flops
+from callbacks.figures import Tile, draw_grid, save_figure, top
+from data_modules.simulated import PAPER_PROMPTS
+from studies.rows import Row
+from studies.training import HERE, TEST_PATIENTS, VAL_PATIENTS, Bench, Budget, Recipe, load, train
+
+NAMES = (
+    "ours",
+    "vae_prior",
+    "vae_gaussian",
+    "pca_gaussian",
+    "resampled",
+    "resampled_symmetries",
+    "one_channel",
+    "gan",
+    "score",
+)
+SHOWN = (
+    "kid_conv",
+    "sw_conv",
+    "energy_distance",
+    "spectrum_image_40mm",
+    "spectrum_image_30mm",
+    "spectrum_image_20mm",
+    "row_sum_cv",
+    "centre_residual",
+    "hl_residual",
+    "copy_rate",
+    "prompt_obeyed",
+    "parameters",
+    "training_tflop",
+    "sampling_gflop",
+    "peak_mb",
+)
+
+
+def rows(bench: Bench, budget: Budget, folder: Path, n: int, seeds: Sequence[int], sampling: Sampling) -> list[Row]:
+    """Return the rows, seed by seed; the trained ones last."""
+    ours = {seed: folder / f"ours-seed{seed}" for seed in seeds}
+    return [
+        Row(
+            f"{name}-seed{seed}",
+            {"method": name, "n": n, "seed": seed, "vae": budget.vae, "ldm": budget.ldm},
+            partial(_measure, name, bench, budget, ours[seed], n, seed, sampling),
+        )
+        for seed in seeds
+        for name in NAMES
+    ]
+
+
+def _measure(
+    name: str, bench: Bench, budget: Budget, ours: Path, n: int, seed: int, sampling: Sampling, folder: Path
+) -> dict[str, Any]:
+    generator, flops = _make(name, bench, budget, ours, n, seed, sampling, folder)
+    cost = sampling_cost(generator) if name not in ("resampled", "resampled_symmetries", "pca_gaussian") else None
+    fake, prompt = bench.generate(generator, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
+    numbers = bench.judge(fake, prompt, n).numbers
+    return {
+        "parameters": cost.total if cost else 0,
+        "training_tflop": flops / 1e12,
+        "sampling_gflop": cost.flops_per_sample / 1e9 if cost else 0.0,
+        "peak_mb": psutil.Process().memory_info().rss / 1e6,
+        **numbers,
+    }
+
+
+def _make(
+    name: str, bench: Bench, budget: Budget, ours: Path, n: int, seed: int, sampling: Sampling, folder: Path
+) -> tuple[Any, float]:
+    """Return a generator and the arithmetic of its training, floating-point operations."""
+    recipe = Recipe(n, seed)
+    data = bench.data(n)
+    slices = data.train_set[list(range(len(data.train_set)))]
+    if name == "pca_gaussian":
+        return PCAGaussian.fit(slices, data.geometry), 0.0
+    if name.startswith("resampled"):
+        symmetry = SymmetryAugmentation(data.geometry) if name.endswith("symmetries") else None
+        return ResampledSlices(slices, data.geometry, symmetry), 0.0
+    if name == "one_channel":
+        recipe = Recipe(n, seed, masks=False, symmetries=False, stack_channels=1, range_order=None)
+        train(recipe, budget, folder, bench.cache)
+        model = load(folder, sampling)
+        return model, _flops(model, folder, budget, slices)
+    train(recipe, budget, ours, bench.cache)
+    model = load(ours, sampling)
+    flops = _flops(model, ours, budget, slices)
+    if name == "ours":
+        return model, flops
+    if name.startswith("vae"):
+        # a VAE as it is usually meant: one channel, no masks, no range layer
+        plain = Recipe(n, seed, masks=False, stack_channels=1, range_order=None)
+        shared = ours.with_name(f"vae-seed{seed}")
+        allpet(plain.words("vae", budget, shared, bench.cache))
+        stage1 = newest_pretrained(shared / "vae")
+        prior = VAEPrior.from_stage1(stage1)
+        spent = budget.vae * 8 * training_flops(AutoencoderSystem.from_pretrained(stage1), slices_of(slices, 4))
+        return (prior if name == "vae_prior" else prior.fit([slices])), float(spent)
+    kind: dict[str, Callable[..., Any]] = {
+        "gan": SinogramGAN.from_pretrained,
+        "score": partial(ScoreModel.from_pretrained, sampling=ScoreSampling()),
+    }
+    words = ["fit"]
+    for file in ("defaults", f"baselines/{name}", "scale/laptop"):
+        words += ["-c", str(HERE / f"{file}.yaml")]
+    words += [
+        f"--run.root={folder / name}",
+        f"--seed_everything={seed}",
+        f"--model.seed={seed}",
+        f"--data.seed={seed}",
+        f"--data.num_scans={n}",
+        f"--data.prompts={list(PAPER_PROMPTS)}",
+        f"--data.val_patients={VAL_PATIENTS}",
+        f"--data.test_patients={TEST_PATIENTS}",
+        f"--data.cache={bench.cache}",
+    ]
+    # one step, to learn what a step costs; then as many as ours cost
+    allpet([*words, f"--run.root={folder / 'one'}", "--trainer.max_steps=1", "--trainer.val_check_interval=1"])
+    probe = kind[name](newest_pretrained(folder / "one"))
+    per_step = data_batch(HERE, name) * training_flops(probe.train(), slices_of(slices, 4))
+    steps = max(round(flops / per_step), 1)
+    allpet([*words, f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"])
+    return kind[name](newest_pretrained(folder / name)), float(steps * per_step)
+
+
+def slices_of(slices: Any, n: int) -> Any:
+    """Return the first n slices of a batch."""
+    parts = {
+        field: value[:n] if isinstance(value, Tensor) else value
+        for field, value in slices._asdict().items()
+        if field != "prompt"
+    }
+    return type(slices)(prompt=type(slices.prompt)(*(index[:n] for index in slices.prompt)), **parts)
+
+
+def data_batch(folder: Path, name: str) -> int:
+    """Return the batch size that the laptop's scale file gives a baseline."""
+    import yaml
+
+    return int(yaml.safe_load((folder / "scale/laptop.yaml").read_text(encoding="utf-8"))["scale"][name]["batch_size"])
+
+
+def _flops(model: LatentDiffusion, folder: Path, budget: Budget, slices: Any) -> float:
+    stage1 = AutoencoderSystem.from_pretrained(newest_pretrained(folder / "vae"))
+    batch = slices_of(slices, 4)
+    vae = budget.vae * 8 * training_flops(stage1.train(), batch)
+    if model.denoiser.config["label_size"]:
+        batch = batch._replace(symmetry=torch.zeros(4, model.denoiser.config["label_size"]))
+    return float(vae + budget.ldm * 32 * training_flops(model.train(), batch))
+
+
+def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path, columns: int = 5) -> Path:
+    """Draw sinograms and images of every method side by side, a box of each image enlarged, as the paper's figure 4.
+
+    Slices are those of the first FDG brain prompts, not chosen.
+    """
+    test = bench.held_out.test_set
+    names = test.prompt.names()
+    radon = Radon(bench.held_out.geometry)
+    shown: list[tuple[str, Tensor]] = [
+        ("held out", test[[i for i, name in enumerate(names) if name == "FDG:brain"][:columns]].expected)
+    ]
+    asked = [names[int(i)] for i in bench.rows()]
+    brains = [i for i, name in enumerate(asked) if name == "FDG:brain"][:columns]
+    for row in done:
+        if row["seed"] == done[0]["seed"]:
+            kept = torch.load(folder / row["row"] / "samples.pt", weights_only=True)["sinogram"].float()
+            shown.append((row["method"], kept[brains]))
+    rows, labels = [], []
+    for name, sinograms in shown:
+        images = osem(radon, sinograms.clamp(min=0), iterations=2, subsets=8)
+        middle = images.shape[-1] // 2
+        boxes = images[..., middle - 12 : middle + 12, middle - 12 : middle + 12]
+        rows.append(
+            [
+                tile
+                for s, i, b in zip(sinograms, images, boxes, strict=True)
+                for tile in (Tile(s[0], (0, top(s))), Tile(i[0], (0, top(i))), Tile(b[0], (0, top(i))))
+            ]
+        )
+        labels.append(name)
+    return save_figure(draw_grid(rows, labels, "FDG brain: sinogram, OSEM image and its middle, enlarged"), path)

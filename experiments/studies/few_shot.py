@@ -1,0 +1,198 @@
+"""How many slices, and which ingredient? n slices x augmentation x seeds at equal compute.
+
+All rows train the same networks for the same number of steps; ``nothing`` has no masks and no symmetries, ``masks`` is
+RMAS with DMM, ``symmetries`` turns and mirrors slices in both stages, ``both`` is both. At n = 500 single ingredients
+are changed: one channel instead of three, a fixed number of cells instead of DMM, binary instead of soft masks, masks
+of the image instead of the sinogram, no range layer, and the three other forms of the constraint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from allpet.evaluation.distances import polynomial_mmd
+from allpet.evaluation.features import RandomConvolutions, standardise
+from torch import Tensor
+
+from allpet import Sampling
+from allpet.randomness import keyed_generator
+from studies.rows import Outcome, Row
+from studies.training import Bench, Budget, Recipe, load, train
+
+AUGMENTATIONS = {
+    "nothing": {"masks": False, "symmetries": False},
+    "masks": {"masks": True, "symmetries": False},
+    "symmetries": {"masks": False, "symmetries": True},
+    "both": {"masks": True, "symmetries": True},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one_channel": {"masks": False, "stack_channels": 1},
+    "no_range_layer": {"range_order": None},
+    "fixed_count": {"n_cells": (2, 2)},
+    "binary": {"mask": "binary"},
+    "image_masks": {"domain": "image"},
+    "free": {"constraint": "free"},
+    "projected": {"constraint": "projected"},
+    "weighted": {"constraint": "weighted"},
+}
+SHOWN = (
+    "kid_conv",
+    "sw_conv",
+    "energy_distance",
+    "coverage_conv",
+    "spectrum_image_30mm",
+    "row_sum_cv",
+    "centre_residual",
+    "hl_residual",
+    "copy_rate",
+    "prompt_obeyed",
+)
+
+
+def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
+    """Return (key, variant, recipe) of every row, in order of worth."""
+    found: dict[str, tuple[str, str, Recipe]] = {}
+
+    def add(n: int, name: str, changes: dict[str, Any], seed: int) -> None:
+        key = f"n{n}-{name}-seed{seed}"
+        found.setdefault(key, (key, name, Recipe(n=n, seed=seed, **changes)))
+
+    for seed in seeds[:1]:
+        for name in ("both", "nothing", "symmetries", "masks"):
+            add(500, name, AUGMENTATIONS[name], seed)
+        add(2000, "nothing", AUGMENTATIONS["nothing"], seed)
+        add(100, "nothing", AUGMENTATIONS["nothing"], seed)
+        add(100, "both", AUGMENTATIONS["both"], seed)
+        for name in ("one_channel", "no_range_layer"):
+            add(500, name, VARIANTS[name], seed)
+    for seed in seeds[1:]:
+        for name in AUGMENTATIONS:
+            add(500, name, AUGMENTATIONS[name], seed)
+        add(2000, "nothing", AUGMENTATIONS["nothing"], seed)
+    for seed in seeds:
+        for n in (100, 2000):
+            for name, changes in AUGMENTATIONS.items():
+                add(n, name, changes, seed)
+    for name, changes in VARIANTS.items():
+        for seed in seeds:
+            add(500, name, changes, seed)
+    for n in (50, 200):
+        for name in ("nothing", "both"):
+            for seed in seeds:
+                add(n, name, AUGMENTATIONS[name], seed)
+    return list(found.values())
+
+
+def rows(bench: Bench, budget: Budget, seeds: Sequence[int], sampling: Sampling) -> list[Row]:
+    """Return the rows of the study."""
+    shared = {**dataclasses.asdict(budget), "sampler": sampling.sampler, "steps": sampling.steps}
+    return [
+        Row(
+            key,
+            {"n": recipe.n, "augmentation": name, "seed": recipe.seed, **shared},
+            partial(_measure, bench, budget, recipe, sampling),
+        )
+        for key, name, recipe in recipes(seeds)
+    ]
+
+
+def _measure(bench: Bench, budget: Budget, recipe: Recipe, sampling: Sampling, folder: Path) -> dict[str, Any]:
+    spent = train(recipe, budget, folder, bench.cache)
+    fake, prompt = bench.generate(load(folder, sampling), recipe.seed)
+    torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
+    found = bench.judge(fake, prompt, recipe.n).numbers
+    noisy = bench.judge(fake, prompt, 0, noisy=True).numbers
+    renoised = {
+        f"renoised_{name}": value for name, value in noisy.items() if name.startswith(("kid", "sw", "spectrum"))
+    }
+    return {**spent, **found, **renoised}
+
+
+def summary(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return one line per n and augmentation: mean and, over seeds, standard deviation; the floor at the end."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in outcome.done:
+        groups.setdefault((row["n"], row["augmentation"]), []).append(row)
+    lines: list[dict[str, Any]] = []
+    for (n, name), group in sorted(
+        groups.items(),
+        key=lambda item: (item[0][0], list(AUGMENTATIONS).index(item[0][1]) if item[0][1] in AUGMENTATIONS else 9),
+    ):
+        lines.append({"n": n, "augmentation": name, "seeds": len(group)} | spread(group, SHOWN))
+    if outcome.done:
+        floor = {name: [row[f"{name}_floor"] for row in outcome.done if f"{name}_floor" in row] for name in SHOWN}
+        lines.append(
+            {"n": "", "augmentation": "real slices (floor)", "seeds": ""}
+            | {name: f"{mean(values):.3g}" for name, values in floor.items() if values}
+        )
+    return lines
+
+
+def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    """Return mean and standard deviation of columns over rows, as text."""
+    texts = {}
+    for name in names:
+        values = [float(row[name]) for row in group if name in row]
+        if values:
+            texts[name] = f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+    return texts
+
+
+def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 200) -> dict[str, Any]:
+    """Compare 500 slices with the best augmentation with 2,000 without: KID500 - KID2000 against .05 (KID50 - floor).
+
+    KID is the cubic kernel's squared distance on random convolution features; the interval is a bootstrap over
+    generated slices and over held-out patients. Rows that are missing are said to be missing.
+    """
+    by_group: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in outcome.done:
+        by_group.setdefault((row["n"], row["augmentation"]), []).append(row)
+    at_500 = {
+        name: mean(r["kid_conv"] for r in by_group[500, name]) for name in AUGMENTATIONS if (500, name) in by_group
+    }
+    if not at_500 or (2000, "nothing") not in by_group:
+        return {"said": "Rows with 500 slices or with 2,000 and no augmentation are missing: nothing to compare yet."}
+    best = min(at_500, key=at_500.__getitem__)
+    test = bench.held_out.test_set
+    real = test[list(range(len(test)))]
+    extract = RandomConvolutions.of(real.expected)
+
+    def features(n: int, name: str) -> Tensor:
+        kept = [torch.load(folder / row["row"] / "samples.pt", weights_only=True) for row in by_group[n, name]]
+        return extract(torch.cat([one["sinogram"].float() for one in kept]))
+
+    few, many = features(500, best), features(2000, "nothing")
+    fewest = features(50, "nothing") if (50, "nothing") in by_group else None
+    known = extract(real.expected)
+    patients = real.patient_id.unique()
+    differences, gaps = [], []
+    for draw in range(draws + 1):
+        generator = keyed_generator(0, draw, "bootstrap")
+        chosen = torch.arange(len(known))
+        samples = [few, many] if fewest is None else [few, many, fewest]
+        if draw:  # the first is the estimate itself
+            drawn = patients[torch.randint(len(patients), (len(patients),), generator=generator)]
+            chosen = torch.cat([(real.patient_id == one).nonzero()[:, 0] for one in drawn])
+            samples = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in samples]
+        whole = standardise(known[chosen], *samples)
+        kid = [polynomial_mmd(whole[0], x) for x in whole[1:]]
+        differences.append(kid[0] - kid[1])
+        gaps.append(kid[2] if fewest is not None else float("nan"))
+    low, high = torch.tensor(differences[1:]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    found: dict[str, Any] = {"best": best, "difference": differences[0], "low": low, "high": high}
+    said = (
+        f"KID with 500 slices and {best} minus KID with 2,000 slices and nothing: {differences[0]:.4g}, 95 % interval "
+        f"{low:.4g} to {high:.4g}"
+    )
+    if fewest is None:
+        return {**found, "said": said + "; the row with 50 slices, which sets the scale, was not run."}
+    floor = mean(row["kid_conv_floor"] for row in outcome.done)
+    limit = 0.05 * (gaps[0] - floor)
+    verdict = "holds" if differences[0] <= limit else "does not hold"
+    return {**found, "limit": limit, "said": f"{said}; the limit .05 (KID50 - floor) is {limit:.4g}: it {verdict}."}

@@ -1,0 +1,239 @@
+"""Train both stages for a study, through the command line that users have, and measure what comes out.
+
+Every training of a study sees the same validation and test patients; the training slices are the first n of one fixed
+order. The budget is a number of steps, so that equal budgets are equal compute on any machine.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from allpet.evaluation.classifier import PromptClassifier, train_classifier
+from allpet.evaluation.suite import Evaluation, evaluate
+from torch import Tensor
+
+from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Samples, Sampling
+from allpet.cli import main as allpet
+from allpet.randomness import keyed_generator
+from allpet.runs import newest_pretrained
+from allpet.systems.latent_diffusion import add_counting_noise
+from data_modules import SimulatedPET
+from data_modules.simulated import PAPER_PROMPTS
+
+VAL_PATIENTS, TEST_PATIENTS = 35, 70
+HERE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Optimiser steps of the two stages."""
+
+    vae: int
+    ldm: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training of both stages is told.
+
+    Attributes:
+        n: number of training slices.
+        seed: of weights, order and draws.
+        masks: whether RMAS draws masks; with False stacks have an empty mask.
+        symmetries: whether slices are turned and mirrored, in both stages; the denoiser is told.
+        n_cells: fewest and most cells of a mask; equal numbers are no DMM.
+        mask: "soft" or "binary".
+        domain: "sinogram" or "image", where masks are applied.
+        stack_channels: 3, or 1 for a network that knows the full channel alone.
+        constraint: see ``Autoencoder``.
+        range_order: see ``Autoencoder``; None for a decoder without the range layer.
+    """
+
+    n: int
+    seed: int
+    masks: bool = True
+    symmetries: bool = True
+    n_cells: tuple[int, int] = (1, 4)
+    mask: str = "soft"
+    domain: str = "sinogram"
+    stack_channels: int = 3
+    constraint: str = "head"
+    range_order: int | None = 20
+
+    def words(self, stage: str, budget: Budget, folder: Path, cache: str) -> list[str]:
+        """Return the command line that trains a stage ("vae" or "ldm")."""
+        files = ["defaults", stage, "scale/laptop", *(["symmetries"] if stage == "ldm" and self.symmetries else [])]
+        words = ["fit", *(word for name in files for word in ("-c", str(HERE / f"{name}.yaml")))]
+        words += [
+            f"--run.root={folder / stage}",
+            f"--seed_everything={self.seed}",
+            f"--model.seed={self.seed}",
+            f"--data.seed={self.seed}",
+            f"--data.num_scans={self.n}",
+            f"--data.prompts={list(PAPER_PROMPTS)}",
+            f"--data.val_patients={VAL_PATIENTS}",
+            f"--data.test_patients={TEST_PATIENTS}",
+            f"--data.cache={cache}",
+            f"--trainer.max_steps={getattr(budget, stage)}",
+            f"--trainer.val_check_interval={getattr(budget, stage)}",
+        ]
+        if self.masks:
+            words += [
+                f"--data.augmentation.n_cells={list(self.n_cells)}",
+                f"--data.augmentation.mask={self.mask}",
+                f"--data.augmentation.domain={self.domain}",
+            ]
+        else:
+            words.append("--data.augmentation=null")
+        if stage == "vae":
+            words += [
+                f"--model.autoencoder.stack_channels={self.stack_channels}",
+                f"--model.autoencoder.constraint={self.constraint}",
+                f"--model.autoencoder.range_order={'null' if self.range_order is None else self.range_order}",
+            ]
+            if not self.symmetries:
+                words.append("--data.symmetry=null")
+        else:
+            words.append(f"--model.autoencoder={folder / 'vae'}")
+        return words
+
+
+def train(recipe: Recipe, budget: Budget, folder: Path, cache: str) -> dict[str, float]:
+    """Train both stages, or continue; return the seconds of each that were spent now."""
+    seconds = {}
+    for stage in ("vae", "ldm"):
+        began = time.perf_counter()
+        allpet(recipe.words(stage, budget, folder, cache))
+        seconds[f"{stage}_seconds"] = round(time.perf_counter() - began, 1)
+    return seconds
+
+
+class Generates(Protocol):
+    """Anything with ``sample``: ``LatentDiffusion`` and the baselines."""
+
+    def sample(self, prompt: Prompt, seeds: Any) -> Samples:
+        """Generate one sinogram for each prompt and seed."""
+
+
+class Bench:
+    """What every row of a study is measured with: held-out slices, a frozen encoder and a classifier.
+
+    Args:
+        folder: of the studies; the classifier is kept there.
+        cache: folder of simulated slices.
+        encoder: exported stage 1 whose features are compared; None leaves them out.
+        samples: generated slices per row, at most; prompts are those of held-out slices.
+    """
+
+    def __init__(self, folder: Path, cache: str, encoder: Path | None, samples: int = 245) -> None:
+        self.folder, self.cache, self.encoder, self.samples = folder, cache, encoder, samples
+
+    def data(self, n: int) -> SimulatedPET:
+        """Return the data module of n training slices, set up, without augmentation."""
+        data = SimulatedPET(
+            prompts=PAPER_PROMPTS,
+            num_scans=n,
+            val_patients=VAL_PATIENTS,
+            test_patients=TEST_PATIENTS,
+            cache=self.cache,
+            augmentation=None,
+        )
+        data.setup()
+        return data
+
+    @cached_property
+    def held_out(self) -> SimulatedPET:
+        """The data module whose test slices everything is compared with."""
+        return self.data(500)
+
+    @cached_property
+    def classifier(self) -> PromptClassifier:
+        """Tells tracer and region; trained on slices of 400 patients of another population, kept on disk."""
+        geometry = self.held_out.geometry
+        path = self.folder / "classifier.pt"
+        if path.exists():
+            classifier = PromptClassifier(geometry)
+            classifier.load_state_dict(torch.load(path, weights_only=True))
+            return classifier.eval()
+        real = SimulatedPET(prompts=PAPER_PROMPTS, num_scans=2000, population=1, cache=self.cache, augmentation=None)
+        real.setup()
+        slices = real.train_set[list(range(len(real.train_set)))]
+        classifier = train_classifier(slices.expected, slices.prompt, geometry, seed=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(classifier.state_dict(), path)
+        return classifier
+
+    def rows(self) -> Tensor:
+        """Test slices whose prompts are asked for, spread evenly over the test patients."""
+        n = len(self.held_out.test_set)
+        return torch.linspace(0, n - 1, min(self.samples, n)).round().long()
+
+    def generate(self, generator: Generates, seed: int, **options: Any) -> tuple[Tensor, Prompt]:
+        """Generate one slice for every chosen test slice's prompt."""
+        rows = self.rows()
+        whole = self.held_out.test_set.prompt
+        prompt = Prompt(whole.tracer[rows], whole.region[rows])
+        seeds = range(10_000 * seed, 10_000 * seed + len(rows))
+        return generator.sample(prompt, seeds, **options).sinogram.float(), prompt
+
+    def judge(self, fake: Tensor, prompt: Prompt, n: int, noisy: bool = False) -> Evaluation:
+        """Evaluate generated slices against held-out ones.
+
+        Args:
+            fake: as generated.
+            prompt: what was asked for.
+            n: training slices, for the copy test; 0 leaves it out.
+            noisy: add counting noise and compare with noisy slices; expected ones are compared otherwise.
+        """
+        test = self.held_out.test_set
+        batch = test[list(range(len(test)))]
+        encoder = None
+        if self.encoder is not None:
+            encoder = AutoencoderSystem.from_pretrained(newest_pretrained(self.encoder)).autoencoder
+        training = training_patients = None
+        if n:
+            train_set = self.data(n).train_set
+            slices = train_set[list(range(len(train_set)))]
+            training, training_patients = slices.expected, slices.patient_id
+        if noisy:
+            fake = renoise(fake, batch.sinogram, batch.expected)
+        return evaluate(
+            batch.sinogram if noisy else batch.expected,
+            fake,
+            self.held_out.geometry,
+            patients=batch.patient_id,
+            training=training,
+            training_patients=training_patients,
+            encoder=encoder,
+            classifier=self.classifier,
+            fake_prompts=prompt,
+            real_prompts=batch.prompt,
+        )
+
+
+def renoise(expected: Tensor, noisy: Tensor, truth: Tensor) -> Tensor:
+    """Add counting noise as strong as that of real slices, whose median counts per unit of activity it takes.
+
+    Args:
+        expected: sinograms to add noise to, ``(n, 1, views, bins)``.
+        noisy: real slices, ``(m, 1, views, bins)``.
+        truth: what they are without noise.
+    """
+    per_count = (noisy - truth).square().sum((1, 2, 3)) / truth.sum((1, 2, 3)).clamp(min=1e-6)
+    one = float(per_count.median())
+    return torch.cat(
+        [
+            add_counting_noise(sinogram[None], float(sinogram.sum()) / one, [keyed_generator(i, "renoise")])
+            for i, sinogram in enumerate(expected.clamp(min=0))
+        ]
+    )
+
+
+def load(folder: Path, sampling: Sampling) -> LatentDiffusion:
+    """Load the stage 2 that ``train`` left in a folder."""
+    return LatentDiffusion.from_pretrained(newest_pretrained(folder / "ldm"), sampling)
