@@ -106,7 +106,9 @@ def test_features_are_deterministic_and_sample_by_sample() -> None:
         torch.testing.assert_close(extract(sinogram[2:4]), found[2:4])
         assert found.isfinite().all()
         real, other = features.standardise(found, found[:2])
-        torch.testing.assert_close(real.std(0), torch.ones(real.shape[1]), rtol=1e-3, atol=0)
+        torch.testing.assert_close(real.mean(0), torch.zeros(real.shape[1]), rtol=0, atol=1e-3)
+        assert real.std(0).max() < 1.001  # 1, or less where a feature hardly varies
+        assert real.std(0).median() > 0.99
         torch.testing.assert_close(real[:2], other)
     assert found.shape == (6, 2 * 4 * 16)
     # Rectifiers without offsets: twice the activity is twice the features, so totals count.

@@ -5,6 +5,6 @@ distributions, ``spectra`` and histograms, ``copies`` of training slices up to s
 ``utility`` for what samples are good for.
 """
 
+from allpet.evaluation.suite import Evaluation, evaluate, verdict
 
-
-
+__all__ = ["Evaluation", "evaluate", "verdict"]
