@@ -1,6 +1,7 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
 # TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune,
+# REAL=, FAKE=, TRAIN=folder or file and ENCODER=pretrained folder of a stage 1 for evaluate,
 # ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 # PIP_ARGS="..." is appended to pip's.
 
@@ -11,6 +12,10 @@ KIND ?= auto
 SCALE ?= laptop
 TASK ?=
 PAIRS ?=
+REAL ?=
+FAKE ?=
+TRAIN ?=
+ENCODER ?=
 ARGS ?=
 
 VENV := .venv
@@ -30,7 +35,7 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune sample evaluate validate-data benchmark gpu-check simulator-report clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +81,12 @@ finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separ
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)
+
+evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numbers and pictures (REAL= FAKE= TRAIN= ENCODER=)
+	@test -n "$(REAL)" -a -n "$(FAKE)" || \
+		{ echo "Name two sets of sinograms: make evaluate REAL=folder FAKE=outputs/samples/001/samples.h5."; exit 1; }
+	$(BIN)/python experiments/evaluate.py --real "$(REAL)" --fake "$(FAKE)" $(if $(TRAIN),--train "$(TRAIN)") \
+		$(if $(ENCODER),--encoder "$(ENCODER)") $(ARGS)
 
 validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }

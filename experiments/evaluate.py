@@ -72,14 +72,14 @@ def read_slices(place: Path, bin_mm: float | None = None) -> Slices:
         )
     values = torch.from_numpy(np.concatenate([file.slices for file in files]))[:, None]
     geometry, lengths = sinogram_geometry(None, tuple(values.shape[2:]), bin_mm)
-    if report.geometry is not None and bin_mm is None:
+    if report.geometry is not None:
         geometry, lengths = report.geometry, f"bins of {report.geometry.bin_mm:g} mm as the files say"
     owners = patients_of(files)
     patients = None
-    if owners.known:
+    if owners.known and len(set(owners.names)) > 1:
         names = sorted(set(owners.names))
         patients = torch.tensor([names.index(name) for name in owners.names])
-    who = f"{len(set(owners.names))} patients" if owners.known else "patients unknown"
+    who = "patients unknown" if patients is None else f"{len(patients.unique())} patients"
     found = f"{place}: {len(values)} sinograms of {geometry.n_views} x {geometry.n_bins}, {lengths}, {who}"
     return Slices(values, geometry, patients, found)
 

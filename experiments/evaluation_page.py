@@ -63,8 +63,8 @@ def write_page(
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in found) + "</ul>",
         f"<p><b>{html.escape(summary(evaluation))}</b></p>",
         "<h2>Random slices</h2>",
-        "<p>Drawn by lot, not chosen. Each sinogram (views downwards, bins across) stands above its OSEM image; rows "
-        "of one kind share one range, so that activities can be compared.</p>",
+        "<p>Drawn by lot, not chosen. Each sinogram (views downwards, bins across) stands above its OSEM image. Each "
+        "picture goes from 0 to the number above it, in the data's units.</p>",
         picture(gallery(real, fake, radon, seed), "random slices of both sets"),
         "<h2>Spectra and histograms</h2>",
         picture(curves(evaluation), "power spectra and histograms of both sets"),
@@ -137,16 +137,13 @@ def number_table(evaluation: Evaluation) -> str:
 def gallery(real: Tensor, fake: Tensor, radon: Radon, seed: int, columns: int = COLUMNS) -> Figure:
     """Draw random slices of both sets, two rows of sinograms with their OSEM images each."""
     rows, labels = [], []
-    limits: list[float] = []
     for name, sinograms in (("real", real), ("fake", fake)):
         order = torch.randperm(len(sinograms), generator=keyed_generator(seed, name, "gallery"))
         chosen = sinograms[order[: 2 * columns]]
         images = standard_image(radon, chosen)
-        # Both kinds in the range of the real ones.
-        limits = limits or [top(chosen), top(images)]
         for begin in range(0, len(chosen), columns):
-            for values, high, label in ((chosen, limits[0], "sinogram"), (images, limits[1], "OSEM image")):
-                rows.append([Tile(tile[0], (0, high)) for tile in values[begin : begin + columns]])
+            for values, label in ((chosen, "sinogram"), (images, "OSEM image")):
+                rows.append([Tile(v[0], (0, top(v)), f"{top(v):.3g}") for v in values[begin : begin + columns]])
                 labels.append(f"{name}\n{label}")
     return draw_grid(rows, labels)
 

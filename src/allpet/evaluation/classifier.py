@@ -15,34 +15,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allpet.geometry import ParallelBeam
-from allpet.models.layers import moebius_pad
 from allpet.prompts import REGIONS, TRACERS, TRUNK_REGIONS, Prompt
+from allpet.projector import Radon
 from allpet.randomness import keyed_generator
-from allpet.symmetry import translate
+from allpet.reconstruction import fbp
+from allpet.symmetry import rotate, translate
 
 _TRUNK = tuple(REGIONS.index(name) for name in TRUNK_REGIONS)
 _TRUNK_PROMPT = REGIONS.index("trunk")
 
 
 class PromptClassifier(nn.Module):
-    """Three strided convolutions over the sinogram, continued past its seam, with one output for each half of a prompt.
+    """Strided convolutions over the FBP image of a sinogram, with one output for each half of a prompt.
+
+    A kidney is a spot in the image and a curve through everything else in the sinogram; with a few hundred slices to
+    learn from, the image is told more reliably.
 
     Args:
-        scale: units of the data per unit of the network.
-        width: channels of the first convolution; each next one has twice as many.
+        geometry: of the sinograms.
+        scale: units of the images per unit of the network.
+        width: channels of the first convolution.
     """
 
     scale: Tensor
 
-    def __init__(self, scale: float = 1.0, width: int = 16) -> None:
+    def __init__(self, geometry: ParallelBeam, scale: float = 1.0, width: int = 16) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(float(scale)))
+        self.radon = Radon(geometry)
         widths = (1, width, 2 * width, 4 * width)
-        self.layers = nn.ModuleList(
-            nn.Conv2d(a, b, 5, stride=2, padding=(0, 2)) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        # Where along the bins something lies tells regions apart; where along the views, hardly.
-        self.head = nn.Linear(4 * width * 2 * 8, len(TRACERS) + len(REGIONS))
+        self.layers = nn.Sequential()
+        for a, b in zip(widths, widths[1:], strict=False):
+            self.layers += [nn.Conv2d(a, b, 3 if a > 1 else 5, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        self.layers += [nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.GroupNorm(4, 4 * width), nn.SiLU()]
+        self.head = nn.Linear(4 * width * 2 * 4, len(TRACERS) + len(REGIONS))
 
     def forward(self, sinogram: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probabilities of tracers ``(batch, TRACERS)`` and regions ``(batch, REGIONS)``.
@@ -50,14 +56,11 @@ class PromptClassifier(nn.Module):
         Open and trunk, which no slice is, have a probability of 0.
 
         Args:
-            sinogram: ``(batch, 1, views, bins)`` in the units of the data, of any geometry near that of the training.
+            sinogram: ``(batch, 1, views, bins)`` in the units of the data.
         """
         # A root makes faint tracers as visible as bright ones.
-        x = (sinogram / self.scale).clamp_min(0).sqrt()
-        x = moebius_pad(x, min(14, x.shape[2]))
-        for layer in self.layers:
-            x = layer(x).relu()
-        pooled = torch.cat([F.adaptive_avg_pool2d(x, (2, 4)), F.adaptive_max_pool2d(x, (2, 4))], dim=1)
+        x = self.layers((fbp(self.radon, sinogram) / self.scale).clamp_min(0).sqrt())
+        pooled = torch.cat([F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)], dim=1)
         tracer, region = self.head(pooled.flatten(1)).split([len(TRACERS), len(REGIONS)], dim=1)
         open_half = torch.tensor([0], device=x.device)
         no_region = torch.tensor([0, _TRUNK_PROMPT], device=x.device)
@@ -89,16 +92,17 @@ def train_classifier(
     real: Tensor,
     prompts: Prompt | Sequence[str],
     geometry: ParallelBeam,
-    steps: int = 400,
+    steps: int = 500,
     batch_size: int = 48,
     learning_rate: float = 2e-3,
-    gain: float = 0.2,
-    shift_mm: float = 15.0,
+    gain: float = 0.05,
+    shift_mm: float = 10.0,
+    turn_rad: float = 0.15,
     seed: int = 0,
 ) -> PromptClassifier:
     """Train on real slices; the same arguments give the same network.
 
-    Gains and positions are jittered, so that neither the dose nor where a patient lies tells a tracer.
+    Gains, positions and turns are jittered. Gains only a little: the level of uptake does tell tracers apart.
 
     Args:
         real: ``(n, 1, views, bins)``.
@@ -109,6 +113,7 @@ def train_classifier(
         learning_rate: peak of the cosine schedule.
         gain: standard deviation of the logarithm of the gains.
         shift_mm: standard deviation of the shifts in x and y, mm.
+        turn_rad: standard deviation of the turns, radians.
         seed: keys the network's first weights and all draws.
 
     Raises:
@@ -121,7 +126,8 @@ def train_classifier(
         raise ValueError("All prompts are open, so there is nothing to learn; say the tracers or regions of the slices.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=keyed_generator(seed, "classifier"))))
-        network = PromptClassifier(float(real.square().mean().sqrt()))
+        network = PromptClassifier(geometry)
+    network.scale.fill_(float(fbp(network.radon, real[:256]).square().mean().sqrt()))
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     order = torch.empty(0, dtype=torch.int64)
@@ -130,8 +136,9 @@ def train_classifier(
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(real), generator=generator)])
         rows, order = order[:batch_size], order[batch_size:]
-        jitter = torch.randn(3, batch_size, generator=generator)
-        moved = translate(real[rows], geometry, shift_mm * jitter[0], shift_mm * jitter[1])
+        jitter = torch.randn(4, batch_size, generator=generator)
+        moved = rotate(real[rows], turn_rad * jitter[3])
+        moved = translate(moved, geometry, shift_mm * jitter[0], shift_mm * jitter[1])
         moved = moved * (gain * jitter[2]).exp()[:, None, None, None]
         loss = _loss(network(moved), Prompt(asked.tracer[rows], asked.region[rows]))
         optimizer.zero_grad()

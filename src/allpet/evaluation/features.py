@@ -132,7 +132,8 @@ def standardise(real: Tensor, *others: Tensor) -> list[Tensor]:
     """Subtract the real set's mean and divide by its standard deviation, feature by feature.
 
     Features that hardly vary are divided by a tenth of the usual deviation instead: a kernel that fires on one slice in
-    a hundred would otherwise speak louder than all others.
+    a hundred would otherwise speak louder than all others. Then asinh, which is invertible, tames the few slices forty
+    times as bright as the rest (a full bladder), which would otherwise decide every distance.
 
     Args:
         real: features of the reference, ``(n, d)``, n >= 2.
@@ -150,4 +151,4 @@ def standardise(real: Tensor, *others: Tensor) -> list[Tensor]:
     usual = float(std.square().mean().sqrt())
     if not usual > 1e-6 * float(real.abs().max()):
         raise ValueError("All real samples have the same features; give slices that differ.")
-    return [((x - mean) / std.clamp_min(0.1 * usual)).float() for x in (real, *others)]
+    return [torch.asinh((x - mean) / std.clamp_min(0.1 * usual)).float() for x in (real, *others)]

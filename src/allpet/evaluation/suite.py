@@ -34,6 +34,7 @@ from allpet.evaluation.spectra import (
     histogram_distance,
     ratio_at,
     total_activity,
+    typical,
     worst_factor,
 )
 from allpet.geometry import ParallelBeam
@@ -50,11 +51,11 @@ NEIGHBOURS = 5
 
 
 class Spectrum(NamedTuple):
-    """Mean power of both sets.
+    """Typical power of both sets.
 
     Attributes:
         frequency: cycles per mm, or per turn, ``(f,)``.
-        real: mean power of the real set, ``(f,)``.
+        real: geometric mean over the real set, ``(f,)``.
         fake: of the other.
     """
 
@@ -114,10 +115,10 @@ def evaluate(
     """Compare a set of samples with a set of real slices that nothing was trained on.
 
     Args:
-        real: held-out slices, ``(n, 1, views, bins)``, at least 16.
-        fake: samples, ``(m, 1, views, bins)``, at least 16, in the same units.
+        real: held-out slices, ``(n, 1, views, bins)``, at least 12.
+        fake: samples, ``(m, 1, views, bins)``, at least 12, in the same units.
         geometry: of all sinograms.
-        reference: a second set of real slices, which then makes the floor, at least 16.
+        reference: a second set of real slices, which then makes the floor, at least 12.
         patients: number of each real slice's patient, ``(n,)``; None: every slice is a patient of its own.
         training: slices that were trained on, for the copy test; None leaves it out.
         training_patients: number of each training slice's patient.
@@ -132,7 +133,7 @@ def evaluate(
         ValueError: if a set is too small, or a classifier comes without prompts.
     """
     others = [] if reference is None else [reference]
-    for name, given, least in (("real", real, 16), ("fake", fake, 16), *(("reference", x, 16) for x in others)):
+    for name, given, least in (("real", real, 12), ("fake", fake, 12), *(("reference", x, 12) for x in others)):
         if given.ndim != 4 or tuple(given.shape[1:]) != (1, *geometry.sinogram_shape) or len(given) < least:
             raise ValueError(
                 f"The {name} sinograms have the shape {tuple(given.shape)}, but must be at least {least} of "
@@ -184,7 +185,7 @@ def evaluate(
     frequencies = prepared[0].frequencies
     return Evaluation(
         numbers,
-        {name: Spectrum(f, a[name].mean(0), b[name].mean(0)) for name, f in frequencies.items()},
+        {name: Spectrum(f, typical(a[name]), typical(b[name])) for name, f in frequencies.items()},
         (a["activity"], b["activity"]),
         (a["levels"].mean(0), b["levels"].mean(0), peak),
         near[1],
@@ -281,13 +282,13 @@ def _spectral_numbers(real: _Prepared, other: _Prepared, geometry: ParallelBeam)
     found: dict[str, float] = {}
     for name, width in (("image", geometry.pixel_mm), ("bins", geometry.bin_mm)):
         frequency = real.frequencies[name]
-        ours, theirs = (one.values[name].mean(0) for one in (real, other))
+        ours, theirs = (typical(one.values[name]) for one in (real, other))
         # What is finer than two pixels is in no image.
         for period in (period for period in PERIODS_MM if period >= 2 * width):
             found[f"spectrum_{name}_{period}mm"] = ratio_at(frequency, ours, theirs, 1 / period)
             if name == "image":
                 found[f"spectrum_worst_{period}mm"] = worst_factor(frequency, ours, theirs, 1 / period)
-    ours, theirs = (one.values["angle"].mean(0) for one in (real, other))
+    ours, theirs = (typical(one.values["angle"]) for one in (real, other))
     for harmonic in (h for h in HARMONICS if 1.5 * h <= geometry.n_views):
         found[f"spectrum_angle_{harmonic}"] = band_ratio(real.frequencies["angle"], ours, theirs, harmonic)
     return found
