@@ -80,7 +80,7 @@ def write_page(
     parts += [
         "<h2>Numbers</h2>",
         "<p>The floor is what real slices score against real ones, in sets of the same size; sd are standard "
-        "deviations over random halves. <i>As real</i> means within two standard deviations: one number in twenty "
+        "deviations over random halves. <i>As real</i> means within two of the difference: one number in twenty "
         "falls outside by chance. Small consistency numbers alone mean little, because any mixture of sinograms, "
         "blurred or not, is consistent; read them with the spectra and the distances.</p>",
         number_table(evaluation),
@@ -101,7 +101,9 @@ def summary(evaluation: Evaluation) -> str:
     fine = [row for row in rows if not is_fault(row["verdict"])]
     names = [row["number"] for row in rows if is_fault(row["verdict"])]
     rest = f"; not {', '.join(names)}" if names else ""
-    return f"{len(fine)} of {len(rows)} numbers cannot be told from those of real slices, or lie on their good side{rest}."
+    return (
+        f"{len(fine)} of {len(rows)} numbers cannot be told from those of real slices, or lie on their good side{rest}."
+    )
 
 
 def is_fault(verdict: str) -> bool:
@@ -156,7 +158,12 @@ def pairs(evaluation: Evaluation, fake: Tensor, training: Tensor, radon: Radon, 
     chosen, twins = fake[order], aligned(nearest, training)[order]
     ratios = [f"d1/d2 {nearest.ratio[i]:.2f}\nd1 {nearest.d1[i]:.2f}" for i in order.tolist()]
     images = [standard_image(radon, sinograms) for sinograms in (chosen, twins)]
-    kinds = (("sample", chosen), ("sample\nOSEM", images[0]), ("nearest\ntraining", twins), ("nearest\nOSEM", images[1]))
+    kinds = (
+        ("sample", chosen),
+        ("sample\nOSEM", images[0]),
+        ("nearest\ntraining", twins),
+        ("nearest\nOSEM", images[1]),
+    )
     rows = [
         # Gains do not count here, so every picture has its own range.
         [Tile(v[0], (0, top(v)), title if line == 0 else "") for v, title in zip(values, ratios, strict=True)]

@@ -190,6 +190,6 @@ def test_the_command_compares_two_folders(command: ModuleType, tmp_path: Path, c
 def test_the_command_refuses_images_and_missing_folders(command: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder"):
         command.main(["--real", f"{tmp_path}/none", "--fake", f"{tmp_path}/none"])
-    write_scan(tmp_path / "images.h5", Scan(np.ones((3, 8, 8), np.float32), "image", pixel_mm=2.0))
+    write_scan(tmp_path / "images.h5", Scan(np.arange(192, dtype=np.float32).reshape(3, 8, 8), "image", pixel_mm=2.0))
     with pytest.raises(ValueError, match="holds images, but sinograms are compared"):
         command.read_slices(tmp_path / "images.h5")

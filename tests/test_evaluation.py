@@ -157,7 +157,9 @@ def test_spectra_of_a_known_blur() -> None:
         spectra.ratio_at(frequency, real, fake, 1.0)
     # One slice in eight a hundred times as bright changes little.
     outlier = first * torch.tensor([100.0] + 7 * [1.0])[:, None]
-    assert spectra.ratio_at(frequency, real, spectra.typical(outlier), 1 / 60) == pytest.approx(100 ** (1 / 8), rel=1e-3)
+    assert spectra.ratio_at(frequency, real, spectra.typical(outlier), 1 / 60) == pytest.approx(
+        100 ** (1 / 8), rel=1e-3
+    )
 
 
 def test_angular_harmonics() -> None:

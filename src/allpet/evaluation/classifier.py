@@ -7,6 +7,7 @@ answers a prompt for trunk; a half that is left open is always right.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allpet.geometry import ParallelBeam
-from allpet.prompts import REGIONS, TRACERS, TRUNK_REGIONS, Prompt
 from allpet.projector import Radon
+from allpet.prompts import REGIONS, TRACERS, TRUNK_REGIONS, Prompt
 from allpet.randomness import keyed_generator
 from allpet.reconstruction import fbp
 from allpet.symmetry import rotate, translate
@@ -44,10 +45,11 @@ class PromptClassifier(nn.Module):
         self.register_buffer("scale", torch.tensor(float(scale)))
         self.radon = Radon(geometry)
         widths = (1, width, 2 * width, 4 * width)
-        self.layers = nn.Sequential()
-        for a, b in zip(widths, widths[1:], strict=False):
-            self.layers += [nn.Conv2d(a, b, 3 if a > 1 else 5, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
-        self.layers += [nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.GroupNorm(4, 4 * width), nn.SiLU()]
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Conv2d(a, b, 3 if a > 1 else 5, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        layers += [nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.GroupNorm(4, 4 * width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(4 * width * 2 * 4, len(TRACERS) + len(REGIONS))
 
     def forward(self, sinogram: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,9 @@ def train_classifier(
     if len(real) != len(asked.tracer) or not len(real):
         raise ValueError(f"{len(real)} slices come with {len(asked.tracer)} prompts; give one prompt for each slice.")
     if not (asked.tracer > 0).any() and not (asked.region > 0).any():
-        raise ValueError("All prompts are open, so there is nothing to learn; say the tracers or regions of the slices.")
+        raise ValueError(
+            "All prompts are open, so there is nothing to learn; say the tracers or regions of the slices."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=keyed_generator(seed, "classifier"))))
         network = PromptClassifier(geometry)

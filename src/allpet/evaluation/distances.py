@@ -78,9 +78,7 @@ def kernel_distance(real: Tensor, fake: Tensor, repeats: int = 100, seed: int = 
 def polynomial_mmd(real: Tensor, fake: Tensor) -> float:
     """Return the value of ``kernel_distance`` alone."""
     n = _check(real, fake, 2)
-    return float(
-        _unbiased(_cubic(torch.cat([real, fake]).double()), torch.ones(1, n), torch.ones(1, len(fake)))[0]
-    )
+    return float(_unbiased(_cubic(torch.cat([real, fake]).double()), torch.ones(1, n), torch.ones(1, len(fake)))[0])
 
 
 def gaussian_mmd(real: Tensor, fake: Tensor) -> float:

@@ -3,8 +3,9 @@
 Most distances between two finite sets are not zero even where both come from one distribution, and depend on the sizes
 of the sets. So both sets are halved at random, the real one by patient where patients are known; the *value* compares a
 real half with a fake half, the *floor* with as many slices of the other real half. Both are means over several splits,
-and their standard deviations over splits are about the standard errors of the whole sets (delete-half jackknife). A
-value within two standard deviations of its floor cannot be told from real; by chance, one in twenty is beyond.
+and their standard deviations over splits are about the standard errors of the whole sets (delete-half jackknife). Were
+the samples real, value and floor would differ by sqrt(2) of the floor's; within twice that a value cannot be told from
+real, and by chance one in twenty is beyond.
 
 Where a second real set is given as *reference*, its slices stand in for the other half. Noisy slices are to be compared
 with noisy samples and expected ones with expected ones.
@@ -92,7 +93,8 @@ class Evaluation:
         for name in self.names():
             fake, std, floor, floor_std = (self.numbers[name + end] for end in ("", "_std", "_floor", "_floor_std"))
             row = {"number": name, "fake": fake, "std": std, "floor": floor, "floor_std": floor_std}
-            rows.append({**row, "verdict": verdict(name, fake, floor, math.hypot(std, floor_std))})
+            # Were the samples real, value and floor would scatter alike; that bad ones scatter more is no excuse.
+            rows.append({**row, "verdict": verdict(name, fake, floor, math.sqrt(2) * floor_std)})
         return rows
 
 
@@ -225,9 +227,7 @@ class _Prepared:
         return _Prepared({name: value[index] for name, value in self.values.items()}, self.frequencies, nearest)
 
 
-def _halves(
-    patients: Sequence[int] | Tensor | None, n: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _halves(patients: Sequence[int] | Tensor | None, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Split n slices into random halves; no patient is in both, as far as two patients allow it."""
     owner = torch.arange(n) if patients is None else torch.as_tensor(patients)
     if len(owner) != n:
