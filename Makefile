@@ -1,8 +1,9 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
-# Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
-# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune, NAME=gan|score|one_channel for
-# baseline, ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
-# PIP_ARGS="..." is appended to pip's.
+# Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
+#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; baseline: NAME=gan|score|one_channel;
+#   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1; study: STUDY=few_shot|steps|compute|baselines;
+#   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
+#   PIP_ARGS="..." is appended to pip's.
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -13,6 +14,11 @@ TASK ?=
 CONFIG ?=
 PAIRS ?=
 NAME ?=
+STUDY ?=
+REAL ?=
+FAKE ?=
+TRAIN ?=
+ENCODER ?=
 ARGS ?=
 
 VENV := .venv
@@ -32,8 +38,8 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune baseline sample validate-data memory benchmark \
-	gpu-check simulator-report clean
+# every target that is listed
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +95,16 @@ endif
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)
+
+evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numbers and pictures (REAL= FAKE= TRAIN= ENCODER=)
+	@test -n "$(REAL)" -a -n "$(FAKE)" || \
+		{ echo "Name two sets of sinograms: make evaluate REAL=folder FAKE=outputs/samples/001/samples.h5."; exit 1; }
+	$(BIN)/python experiments/evaluate.py --real "$(REAL)" --fake "$(FAKE)" $(if $(TRAIN),--train "$(TRAIN)") \
+		$(if $(ENCODER),--encoder "$(ENCODER)") $(ARGS)
+
+study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines ARGS="--minutes 60"); hours in all, resumable
+	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines)."; exit 1; }
+	$(BIN)/python experiments/study.py $(STUDY) $(ARGS)
 
 validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }

@@ -36,6 +36,7 @@ COMMANDS: dict[str, str | None] = {
     "make validate-data DATA=my_scans": "",
     "make train-vae DATA=my_scans KIND=sinogram": FOLDER,
     "make train-ldm DATA=my_scans KIND=sinogram": FOLDER,
+    "make evaluate REAL=my_scans FAKE=outputs/samples/001/samples.h5 ENCODER=outputs/vae/001/pretrained": "",
     "make test": None,  # this
     "make check": None,  # CI runs it
 }
@@ -95,6 +96,7 @@ def test_the_commands_work_in_the_order_given(place):
     for name in ("samples.h5", "gallery.png", "transition.gif"):
         assert (place / "outputs/samples/001" / name).is_file()
         assert (place / "outputs/samples/002" / name).is_file()
+    assert (place / "outputs/reports/evaluate.html").is_file()
 
 
 def test_the_python_example_works(place):

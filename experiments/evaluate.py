@@ -1,0 +1,160 @@
+"""Judge generated sinograms: two sets in, a page with numbers and pictures out.
+
+    python experiments/evaluate.py --real FOLDER --fake FOLDER [--train FOLDER] [--encoder PRETRAINED]
+    (make evaluate REAL=... FAKE=... [TRAIN=...] [ENCODER=...])
+
+Each is a folder of sinograms, or one file, such as ``outputs/samples/001/samples.h5`` or a set made by ``allpet-data
+convert``. REAL should be slices that nothing was trained on; every number stands beside what one half of them scores
+against the other. TRAIN, the slices trained on, adds the copy test; ENCODER, the ``pretrained/`` folder of a stage 1,
+adds distances in its latents. Noisy slices belong with noisy samples, expected ones with expected ones.
+
+Leaves ``outputs/reports/evaluate.json``, ``evaluate.md`` and ``evaluate.html``, one page that needs no other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluation_page import write_page
+from torch import Tensor
+
+from allpet import AutoencoderSystem, ParallelBeam
+from allpet.evaluation import evaluate
+from allpet.randomness import keyed_generator
+from allpet.reports import FOLDER, table, write_report
+from allpet.symmetry import resample
+from data_modules.files import sinogram_geometry
+from data_modules.folder import patients_of
+from data_modules.validate import inspect_folder
+
+MOST = 512
+"""Slices taken of a set that has more: numbers hardly change, memory and time do."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Sinograms of one folder or file.
+
+    Attributes:
+        sinogram: ``(n, 1, views, bins)`` float32.
+        geometry: of the sinograms.
+        patients: number of each slice's patient, ``(n,)``; None where they cannot be told apart.
+        found: what was found, a sentence.
+    """
+
+    sinogram: Tensor
+    geometry: ParallelBeam
+    patients: Tensor | None
+    found: str
+
+
+def read_slices(place: Path, bin_mm: float | None = None) -> Slices:
+    """Read a folder of sinograms, or one file.
+
+    Args:
+        place: the folder or file.
+        bin_mm: bin width where files do not say it.
+
+    Raises:
+        ValueError: if it cannot be used, or holds images.
+    """
+    report, files = inspect_folder(place, "auto")
+    report.raise_errors()
+    if report.kind != "sinogram":
+        raise ValueError(
+            f"{place} holds images, but sinograms are compared; project them first: allpet-data convert {place} "
+            "projected.h5."
+        )
+    values = torch.from_numpy(np.concatenate([file.slices for file in files]))[:, None]
+    geometry, lengths = sinogram_geometry(None, tuple(values.shape[2:]), bin_mm)
+    if report.geometry is not None:
+        geometry, lengths = report.geometry, f"bins of {report.geometry.bin_mm:g} mm as the files say"
+    owners = patients_of(files)
+    patients = None
+    if owners.known and len(set(owners.names)) > 1:
+        names = sorted(set(owners.names))
+        patients = torch.tensor([names.index(name) for name in owners.names])
+    who = "patients unknown" if patients is None else f"{len(patients.unique())} patients"
+    found = f"{place}: {len(values)} sinograms of {geometry.n_views} x {geometry.n_bins}, {lengths}, {who}"
+    return Slices(values, geometry, patients, found)
+
+
+def thinned(slices: Slices, most: int, seed: int) -> Slices:
+    """Take a random part of a set that is too large."""
+    n = len(slices.sinogram)
+    if n <= most:
+        return slices
+    chosen = torch.randperm(n, generator=keyed_generator(seed, "slices to compare"))[:most].sort().values
+    patients = None if slices.patients is None else slices.patients[chosen]
+    return replace(slices, sinogram=slices.sinogram[chosen], patients=patients, found=f"{slices.found}, {most} of them")
+
+
+def fitted(slices: Slices, geometry: ParallelBeam) -> Slices:
+    """Bring a set to the real set's geometry, and say so."""
+    ours = slices.geometry
+    if (ours.sinogram_shape, ours.bin_mm) == (geometry.sinogram_shape, geometry.bin_mm):
+        return replace(slices, geometry=geometry)
+    found = (
+        f"{slices.found}, resampled to the real set's {geometry.n_views} x {geometry.n_bins} bins of "
+        f"{geometry.bin_mm:g} mm"
+    )
+    return replace(slices, sinogram=resample(slices.sinogram, ours, geometry), geometry=geometry, found=found)
+
+
+def main(words: Sequence[str] | None = None) -> Path:
+    """Read, measure, write; return the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, required=True, help="held-out real sinograms: folder or file")
+    parser.add_argument("--fake", type=Path, required=True, help="generated sinograms: folder or file")
+    parser.add_argument("--train", type=Path, help="sinograms that were trained on, for the copy test")
+    parser.add_argument("--encoder", type=Path, help="pretrained/ folder of a stage 1, for its latents")
+    parser.add_argument("--bin-mm", type=float, help="bin width where files do not say it")
+    parser.add_argument("--most", type=int, default=MOST, help="slices taken of a set that has more (not of --train)")
+    parser.add_argument("--seed", type=int, default=0, help="keys the choice of slices, splits and pictures")
+    parser.add_argument("--reports", type=Path, default=FOLDER, help="folder to write to")
+    arguments = parser.parse_args(words)
+    real = thinned(read_slices(arguments.real, arguments.bin_mm), arguments.most, arguments.seed)
+    fake = thinned(read_slices(arguments.fake, arguments.bin_mm), arguments.most, arguments.seed)
+    fake = fitted(fake, real.geometry)
+    train = None
+    if arguments.train is not None:
+        train = fitted(read_slices(arguments.train, arguments.bin_mm), real.geometry)
+    found = [f"{name}: {one.found}." for name, one in (("Real", real), ("Fake", fake), ("Trained on", train)) if one]
+    print(*found, sep="\n")
+    encoder = None if arguments.encoder is None else AutoencoderSystem.from_pretrained(arguments.encoder).autoencoder
+    evaluation = evaluate(
+        real.sinogram,
+        fake.sinogram,
+        real.geometry,
+        patients=real.patients,
+        training=None if train is None else train.sinogram,
+        training_patients=None if train is None else train.patients,
+        encoder=encoder,
+        seed=arguments.seed,
+    )
+    rows = evaluation.rows()
+    report = write_report(
+        "evaluate",
+        rows,
+        [arguments.seed],
+        arguments.reports,
+        title="Generated sinograms beside held-out ones",
+        sets=found,
+        geometry=real.geometry.to_dict(),
+        numbers=evaluation.numbers,
+    )
+    training = None if train is None else train.sinogram
+    page = report.with_suffix(".html")
+    write_page(page, evaluation, real.sinogram, fake.sinogram, real.geometry, training, found, arguments.seed)
+    print(table(rows))
+    print(f"Page: {page}. Numbers: {report}.")
+    return page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""All numbers of the evaluation at once, each beside its floor: what real slices score against real ones.
+
+Most distances between two finite sets are not zero even where both come from one distribution, and depend on the sizes
+of the sets. So both sets are halved at random, the real one by patient where patients are known; the *value* compares a
+real half with a fake half, the *floor* with as many slices of the other real half. Both are means over several splits,
+and their standard deviations over splits are about the standard errors of the whole sets (delete-half jackknife). Were
+the samples real, value and floor would differ by sqrt(2) of the floor's; within twice that a value cannot be told from
+real, and by chance one in twenty is beyond.
+
+Where a second real set is given as *reference*, its slices stand in for the other half. Noisy slices are to be compared
+with noisy samples and expected ones with expected ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from allpet.consistency import consistency_numbers
+from allpet.evaluation.classifier import PromptClassifier
+from allpet.evaluation.copies import Nearest, copy_rate, nearest_modulo_symmetry
+from allpet.evaluation.distances import gaussian_mmd, polynomial_mmd, prdc, sliced_wasserstein
+from allpet.evaluation.features import EncoderFeatures, Features, RandomConvolutions, standardise
+from allpet.evaluation.spectra import (
+    activity_histogram,
+    angular_spectrum,
+    band_ratio,
+    bin_spectrum,
+    histogram_distance,
+    ratio_at,
+    total_activity,
+    typical,
+    worst_factor,
+)
+from allpet.geometry import ParallelBeam
+from allpet.metrics import diversity, energy_distance, radial_power_spectrum
+from allpet.models.autoencoder import Autoencoder
+from allpet.projector import Radon
+from allpet.prompts import Prompt
+from allpet.randomness import keyed_generator
+from allpet.reconstruction import fbp
+
+PERIODS_MM = (40, 30, 20)
+HARMONICS = (4, 8, 16)
+NEIGHBOURS = 5
+
+
+class Spectrum(NamedTuple):
+    """Typical power of both sets.
+
+    Attributes:
+        frequency: cycles per mm, or per turn, ``(f,)``.
+        real: geometric mean over the real set, ``(f,)``.
+        fake: of the other.
+    """
+
+    frequency: Tensor
+    real: Tensor
+    fake: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` found.
+
+    Attributes:
+        numbers: ``NAME``, ``NAME_std``, ``NAME_floor`` and ``NAME_floor_std`` of every number.
+        spectra: of ``image``, ``bins`` and ``angle``, to draw.
+        activity: total activity of every real and every fake slice, to draw.
+        levels: mean histogram of image values of both, and the upper end of its levels.
+        nearest: training slices nearest to each fake sample; None without training slices.
+    """
+
+    numbers: dict[str, float]
+    spectra: dict[str, Spectrum]
+    activity: tuple[Tensor, Tensor]
+    levels: tuple[Tensor, Tensor, float]
+    nearest: Nearest | None
+
+    def names(self) -> list[str]:
+        """Return the names of what was measured, in order."""
+        return [name.removesuffix("_floor") for name in self.numbers if name.endswith("_floor")]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a table: number, fake, floor, their standard deviations and the verdict in words."""
+        rows = []
+        for name in self.names():
+            fake, std, floor, floor_std = (self.numbers[name + end] for end in ("", "_std", "_floor", "_floor_std"))
+            row = {"number": name, "fake": fake, "std": std, "floor": floor, "floor_std": floor_std}
+            # Were the samples real, value and floor would scatter alike; that bad ones scatter more is no excuse.
+            rows.append({**row, "verdict": verdict(name, fake, floor, math.sqrt(2) * floor_std)})
+        return rows
+
+
+def evaluate(
+    real: Tensor,
+    fake: Tensor,
+    geometry: ParallelBeam,
+    *,
+    reference: Tensor | None = None,
+    patients: Sequence[int] | Tensor | None = None,
+    training: Tensor | None = None,
+    training_patients: Sequence[int] | Tensor | None = None,
+    encoder: Autoencoder | None = None,
+    classifier: PromptClassifier | None = None,
+    fake_prompts: Prompt | None = None,
+    real_prompts: Prompt | None = None,
+    repeats: int = 8,
+    seed: int = 0,
+) -> Evaluation:
+    """Compare a set of samples with a set of real slices that nothing was trained on.
+
+    Args:
+        real: held-out slices, ``(n, 1, views, bins)``, at least 12.
+        fake: samples, ``(m, 1, views, bins)``, at least 12, in the same units.
+        geometry: of all sinograms.
+        reference: a second set of real slices, which then makes the floor, at least 12.
+        patients: number of each real slice's patient, ``(n,)``; None: every slice is a patient of its own.
+        training: slices that were trained on, for the copy test; None leaves it out.
+        training_patients: number of each training slice's patient.
+        encoder: frozen autoencoder for the encoder's features; None leaves them out.
+        classifier: names tracer and region (``train_classifier``); None leaves prompts out.
+        fake_prompts: what the samples were asked for; needed with a classifier.
+        real_prompts: what the real slices (and the reference, appended) show; needed with a classifier.
+        repeats: random splits.
+        seed: keys splits, directions and kernels.
+
+    Raises:
+        ValueError: if a set is too small, or a classifier comes without prompts.
+    """
+    others = [] if reference is None else [reference]
+    for name, given, least in (("real", real, 12), ("fake", fake, 12), *(("reference", x, 12) for x in others)):
+        if given.ndim != 4 or tuple(given.shape[1:]) != (1, *geometry.sinogram_shape) or len(given) < least:
+            raise ValueError(
+                f"The {name} sinograms have the shape {tuple(given.shape)}, but must be at least {least} of "
+                f"(1, {geometry.n_views}, {geometry.n_bins})."
+            )
+    sets = [real, fake, *others]
+    asked: list[Prompt | None] = [None] * len(sets)
+    if classifier is not None:
+        if fake_prompts is None or real_prompts is None:
+            raise ValueError("A classifier judges prompts, but they are not given; pass fake_prompts and real_prompts.")
+        shown = [Prompt(*(half[a:b] for half in real_prompts)) for a, b in ((0, len(real)), (len(real), None))]
+        asked = [shown[0], fake_prompts, *shown[1:]][: len(sets)]
+    radon = Radon(geometry)
+    extractors: dict[str, Features] = {"conv": RandomConvolutions.of(real, seed)}
+    if encoder is not None:
+        extractors["encoder"] = EncoderFeatures(encoder)
+    peak = float(torch.stack([fbp(radon, part).amax() for part in real.split(64)]).max()) * 1.2
+    near: list[Nearest | None] = [None] * len(sets)
+    if training is not None:
+        near = [nearest_modulo_symmetry(x, training, geometry, training_patients) for x in sets]
+    features = {name: [extract(x) for x in sets] for name, extract in extractors.items()}
+    prepared = [
+        _Prepared.of(x, radon, {name: found[i] for name, found in features.items()}, peak, near[i])
+        for i, x in enumerate(sets)
+    ]
+    if classifier is not None:
+        for one, x, prompt in zip(prepared, sets, asked, strict=True):
+            assert prompt is not None
+            one.values["obeyed"] = classifier.obeyed(x, prompt)
+    scale = float(real.square().mean().sqrt())
+    values, floors = [], []
+    for repeat in range(repeats):
+        generator = keyed_generator(seed, repeat, "real halves")
+        half, other = _halves(patients, len(real), generator)
+        if reference is not None:
+            other = torch.randperm(len(reference), generator=generator)[: len(reference) // 2]
+        order = torch.randperm(len(fake), generator=generator)[: min(len(fake) // 2, len(other))]
+        against, samples = prepared[0].take(half), prepared[1].take(order)
+        floor = prepared[-1 if reference is not None else 0].take(other[: len(order)])
+        for found, one in ((values, samples), (floors, floor)):
+            found.append(_measure(against, one, geometry, scale, peak, seed))
+    numbers: dict[str, float] = {}
+    for name in values[0]:
+        for suffix, found in (("", values), ("_floor", floors)):
+            measured = torch.tensor([row[name] for row in found], dtype=torch.float64)
+            numbers[name + suffix] = float(measured.mean())
+            numbers[f"{name}{suffix}_std"] = float(measured.std()) if repeats > 1 else 0.0
+    a, b = prepared[0].values, prepared[1].values
+    frequencies = prepared[0].frequencies
+    return Evaluation(
+        numbers,
+        {name: Spectrum(f, typical(a[name]), typical(b[name])) for name, f in frequencies.items()},
+        (a["activity"], b["activity"]),
+        (a["levels"].mean(0), b["levels"].mean(0), peak),
+        near[1],
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is computed once for each sample of a set, so that splits cost little; ``values`` have samples first."""
+
+    values: dict[str, Tensor]
+    frequencies: dict[str, Tensor]
+    nearest: Nearest | None
+
+    @classmethod
+    def of(
+        cls, sinogram: Tensor, radon: Radon, features: dict[str, Tensor], peak: float, nearest: Nearest | None
+    ) -> _Prepared:
+        geometry = radon.geometry
+        values = {"sinogram": sinogram, "activity": total_activity(sinogram, geometry)}
+        values |= {f"features_{name}": found for name, found in features.items()}
+        values |= consistency_numbers(sinogram, geometry)
+        power, levels = [], []
+        for part in sinogram.split(64):
+            image = fbp(radon, part)
+            frequency, found = radial_power_spectrum(image, geometry.pixel_mm)
+            power.append(found)
+            levels.append(activity_histogram(image, peak))
+        frequencies = {"image": frequency}
+        values |= {"image": torch.cat(power), "levels": torch.cat(levels)}
+        frequencies["bins"], values["bins"] = bin_spectrum(sinogram, geometry)
+        frequencies["angle"], values["angle"] = angular_spectrum(sinogram)
+        return cls(values, frequencies, nearest)
+
+    def take(self, index: Tensor) -> _Prepared:
+        nearest = None if self.nearest is None else Nearest(*(value[index] for value in self.nearest))
+        return _Prepared({name: value[index] for name, value in self.values.items()}, self.frequencies, nearest)
+
+
+def _halves(patients: Sequence[int] | Tensor | None, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Split n slices into random halves; no patient is in both, as far as two patients allow it."""
+    owner = torch.arange(n) if patients is None else torch.as_tensor(patients)
+    if len(owner) != n:
+        raise ValueError(f"{len(owner)} patients are given for {n} real slices; give one for each.")
+    names = owner.unique()
+    if len(names) < 4:
+        owner, names = torch.arange(n), torch.arange(n)
+    order = names[torch.randperm(len(names), generator=generator)]
+    counts = torch.stack([(owner == name).sum() for name in order]).cumsum(0)
+    # The number of patients whose slices come nearest to one half.
+    first = order[: int((counts - n / 2).abs().argmin()) + 1]
+    inside = torch.isin(owner, first)
+    return inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
+
+
+def _measure(
+    real: _Prepared, other: _Prepared, geometry: ParallelBeam, scale: float, peak: float, seed: int
+) -> dict[str, float]:
+    """Every number of one set beside a real one."""
+    a, b = real.values, other.values
+    found: dict[str, float] = {}
+    for name in ("encoder", "conv"):
+        if f"features_{name}" in a:
+            # By the real half alone: statistics of both halves would know one side of the floor already.
+            x, y = standardise(a[f"features_{name}"], b[f"features_{name}"])
+            found[f"kid_{name}"] = polynomial_mmd(x, y)
+            found[f"mmd_{name}"] = gaussian_mmd(x, y)
+            found[f"sw_{name}"] = sliced_wasserstein(x, y, seed=seed)
+            overlap = prdc(x, y, min(NEIGHBOURS, len(x) - 1, len(y) - 1))
+            found |= {f"{part}_{name}": value for part, value in overlap._asdict().items()}
+    found["sw_raw"] = sliced_wasserstein(a["sinogram"], b["sinogram"], seed=seed) / scale
+    found["energy_distance"] = float(energy_distance(a["sinogram"], b["sinogram"])) / scale
+    found["diversity"] = float(diversity(b["sinogram"]))
+    found |= _spectral_numbers(real, other, geometry)
+    mean_activity = float(a["activity"].mean())
+    found["activity_ratio"] = float(b["activity"].mean()) / mean_activity
+    found["activity_distance"] = float(wasserstein_distance(a["activity"], b["activity"])) / mean_activity
+    found["suv_distance"] = histogram_distance(a["levels"].mean(0), b["levels"].mean(0), peak)
+    found |= {name: float(b[name].median()) for name in ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")}
+    if real.nearest is not None and other.nearest is not None:
+        copies = copy_rate(other.nearest, real.nearest)
+        found |= {"copy_rate": copies.calibrated, "copy_rate_third": copies.third, "near_rate": copies.near}
+        found["copy_ratio"] = float(other.nearest.ratio.median())
+        found["nearest_training"] = float(other.nearest.d1.median())
+        found["copy_threshold"] = max(1 / 3, copies.ratio_threshold)
+    if "obeyed" in b:
+        found["prompt_obeyed"] = float(b["obeyed"].float().mean())
+    return found
+
+
+def _spectral_numbers(real: _Prepared, other: _Prepared, geometry: ParallelBeam) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, width in (("image", geometry.pixel_mm), ("bins", geometry.bin_mm)):
+        frequency = real.frequencies[name]
+        ours, theirs = (typical(one.values[name]) for one in (real, other))
+        # What is finer than two pixels is in no image.
+        for period in (period for period in PERIODS_MM if period >= 2 * width):
+            found[f"spectrum_{name}_{period}mm"] = ratio_at(frequency, ours, theirs, 1 / period)
+            if name == "image":
+                found[f"spectrum_worst_{period}mm"] = worst_factor(frequency, ours, theirs, 1 / period)
+    ours, theirs = (typical(one.values["angle"]) for one in (real, other))
+    for harmonic in (h for h in HARMONICS if 1.5 * h <= geometry.n_views):
+        found[f"spectrum_angle_{harmonic}"] = band_ratio(real.frequencies["angle"], ours, theirs, harmonic)
+    return found
+
+
+MEANING = {
+    "kid": ("low", "kernel distance (KID's statistic)"),
+    "mmd": ("low", "kernel distance, Gaussian kernel"),
+    "sw": ("low", "sliced Wasserstein distance"),
+    "precision": ("high", "share of samples within reach of a real slice"),
+    "recall": ("high", "share of real slices within reach of a sample"),
+    "density": ("same", "real slices that a sample is within reach of, over k"),
+    "coverage": ("high", "share of real slices with a sample within reach"),
+    "energy_distance": ("low", "energy distance of the sinograms, over their root mean square"),
+    "diversity": ("same", "mean distance of two samples, over their mean norm"),
+    "spectrum_worst": ("low", "largest factor between the power spectra down to a period"),
+    "spectrum_image": ("one", "power of images over real ones at a period"),
+    "spectrum_bins": ("one", "power along the bins over real ones at a period"),
+    "spectrum_angle": ("one", "power over real ones in the octave about an angular harmonic"),
+    "activity_ratio": ("one", "mean activity over the real mean"),
+    "activity_distance": ("low", "Wasserstein distance of total activities, over the real mean"),
+    "suv_distance": ("low", "Wasserstein distance of image values, in the data's units"),
+    "row_sum_cv": ("low", "variation of the views' sums"),
+    "centre_residual": ("low", "distance of the centres of mass from a sinusoid, share of the bins"),
+    "hl_residual": ("low", "Helgason-Ludwig residual"),
+    "seam_jump": ("low", "step over the seam, over the usual step between views"),
+    "copy_rate_third": ("low", "share with d1/d2 below 1/3"),
+    "copy_rate": ("low", "share with d1/d2 below the calibrated threshold"),
+    "near_rate": ("low", "share nearer to a training slice than 99 % of held-out slices"),
+    "copy_ratio": ("same", "median d1/d2, modulo symmetries"),
+    "nearest_training": ("same", "median distance to the nearest training slice, modulo symmetries"),
+    "copy_threshold": ("", "d1/d2 below which a sample is called a copy"),
+    "prompt_obeyed": ("high", "share that shows what was asked for"),
+}
+"""By the beginning of a name: whether low, high, 1 or the same as of real slices is good, and what it is."""
+
+
+def meaning(name: str) -> tuple[str, str]:
+    """Return which values of a number are good (low, high, one, same, or empty), and what the number is."""
+    return next(said for start, said in MEANING.items() if name.startswith(start))
+
+
+def verdict(name: str, value: float, floor: float, std: float) -> str:
+    """Judge a number beside its floor, in words.
+
+    Args:
+        name: of the number.
+        value: of the samples.
+        floor: of real slices.
+        std: standard deviation of the difference.
+    """
+    good, _ = meaning(name)
+    if not good:
+        return ""
+    away = value - floor
+    if abs(away) <= 2 * std + 1e-6 * abs(floor):
+        return "as real"
+    if good == "one":
+        return f"{abs(value - 1):.0%} too {'much' if value > 1 else 'little'}"
+    side = "above" if away > 0 else "below"
+    if good != "same" and (away > 0) == (good == "high"):
+        return f"{side} real"
+    deviations = f" ({abs(away) / std:.0f} sd)" if std > 0 else ""
+    if floor <= 0 or value > 1000 * floor:
+        return f"above a floor of about 0{deviations}"
+    if value > 2 * floor:
+        return f"{value / floor:.1f} x real{deviations}"
+    return f"{abs(away) / floor:.0%} {side} real{deviations}"

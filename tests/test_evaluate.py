@@ -1,0 +1,195 @@
+"""The evaluation suite as a whole, its classifier, and the command with its page."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from test_evaluation import GEOMETRY, discs
+from torch import Tensor
+
+from allpet import Autoencoder, AutoencoderSystem, ParallelBeam, Prompt, Radon, symmetry
+from allpet.evaluation import evaluate, verdict
+from allpet.evaluation.classifier import matches, train_classifier
+from allpet.io import Scan, write_scan
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def faults(rows: list[dict]) -> set[str]:
+    fine = ("", "as real", "below real", "above real")
+    return {row["number"] for row in rows if row["verdict"] not in fine}
+
+
+def test_real_slices_are_as_real_and_blurred_ones_are_not() -> None:
+    real, other, training = discs(48, "real"), discs(40, "more"), discs(40, "training")
+    same = evaluate(real, other, GEOMETRY, training=training, training_patients=torch.arange(40) // 2)
+    assert len(faults(same.rows())) <= 3  # by chance, one number in twenty
+    assert same.numbers["copy_rate_third"] == 0
+    assert abs(same.numbers["kid_conv"]) < 3 * same.numbers["kid_conv_floor_std"]
+    assert same.numbers["spectrum_image_30mm"] == pytest.approx(1, abs=0.3)
+    blurred = evaluate(real, symmetry.blur(other, GEOMETRY, 20.0), GEOMETRY)
+    assert {"spectrum_image_30mm", "spectrum_worst_30mm", "spectrum_bins_30mm", "spectrum_angle_16"} <= faults(
+        blurred.rows()
+    )
+    # A blurred sinogram is a sinogram, and its activity is what it was.
+    assert not {"hl_residual", "activity_ratio"} & faults(blurred.rows())
+    assert "copy_rate" not in blurred.numbers
+
+
+def test_copies_brightness_and_broken_views_are_found() -> None:
+    real, training = discs(40, "real"), discs(40, "training")
+    copied = symmetry.roll_views(symmetry.reflect_x(training[:16]), 5) * 1.5
+    found = evaluate(real, torch.cat([copied, discs(16, "fresh")]), GEOMETRY, training=training)
+    assert found.numbers["copy_rate"] == pytest.approx(0.5, abs=0.1)
+    assert found.numbers["copy_rate_third"] == pytest.approx(0.5, abs=0.1)
+    assert {"copy_rate", "copy_rate_third", "near_rate"} <= faults(found.rows())
+    assert found.nearest is not None
+    assert found.nearest.index[:16].tolist() == list(range(16))
+    gains = 1 + torch.arange(24).remainder(2)[None, None, :, None]
+    broken = evaluate(real, 2 * discs(32, "fresh") * gains, GEOMETRY)
+    assert {"row_sum_cv", "activity_ratio", "activity_distance", "kid_conv", "sw_raw"} <= faults(broken.rows())
+    assert broken.numbers["activity_ratio"] == pytest.approx(3, rel=0.1)
+
+
+def test_the_floor_is_by_patient_and_may_come_from_a_second_set() -> None:
+    real = discs(12, "real").repeat_interleave(4, dim=0)  # twelve patients of four equal slices
+    patients = torch.arange(12).repeat_interleave(4)
+    by_slice = evaluate(real, real, GEOMETRY).numbers
+    by_patient = evaluate(real, real, GEOMETRY, patients=patients).numbers
+    # Halves that share patients seem closer than new patients would be.
+    assert by_slice["sw_raw_floor"] < by_patient["sw_raw_floor"]
+    assert by_slice["precision_conv_floor"] > by_patient["precision_conv_floor"]
+    dim = evaluate(real, real, GEOMETRY, reference=0.5 * discs(24, "second"), patients=patients)
+    assert dim.numbers["activity_ratio_floor"] == pytest.approx(0.5, rel=0.1)
+
+
+def test_an_encoder_adds_its_distances_and_the_result_is_the_same_again() -> None:
+    torch.manual_seed(0)
+    encoder = Autoencoder((8, 16)).train()
+    real, fake = discs(24, "real"), discs(24, "fake")
+    first, second = (evaluate(real, fake, GEOMETRY, encoder=encoder, repeats=4) for _ in range(2))
+    assert encoder.training
+    assert first.numbers == second.numbers
+    assert {"kid_encoder", "sw_encoder", "precision_encoder", "coverage_encoder"} <= set(first.names())
+    assert first.numbers != evaluate(real, fake, GEOMETRY, encoder=encoder, repeats=4, seed=1).numbers
+
+
+def test_bad_sets_are_named() -> None:
+    real = discs(12, "real")
+    with pytest.raises(ValueError, match="fake sinograms have the shape \\(5, 1, 24, 32\\), but must be at least 12"):
+        evaluate(real, real[:5], GEOMETRY)
+    with pytest.raises(ValueError, match="real sinograms have the shape"):
+        evaluate(real.squeeze(1), real, GEOMETRY)
+    with pytest.raises(ValueError, match="3 patients are given for 12 real slices"):
+        evaluate(real, real, GEOMETRY, patients=[1, 2, 3])
+
+
+def test_verdicts_say_which_way() -> None:
+    assert verdict("kid_conv", 0.1, 0.0, 0.1) == "as real"
+    assert verdict("kid_conv", 4.0, 0.5, 0.1) == "8.0 x real (35 sd)"
+    assert verdict("precision_conv", 0.4, 0.8, 0.1) == "50% below real (4 sd)"
+    assert verdict("precision_conv", 0.99, 0.8, 0.05) == "above real"
+    assert verdict("spectrum_image_30mm", 0.25, 1.0, 0.1) == "75% too little"
+    assert verdict("copy_rate", 0.2, 0.0, 0.01) == "above a floor of about 0 (20 sd)"
+    assert verdict("hl_residual", 0.001, 0.004, 0.001) == "below real"
+    assert verdict("diversity", 1.2, 0.8, 0.1) == "50% above real (4 sd)"
+
+
+def labelled(n: int, seed: str) -> tuple[Tensor, Prompt]:
+    """Small discs are brains and large ones abdomens; FDG is bright in the middle, PSMA beside it."""
+    x, y = GEOMETRY.pixel_centers
+    images, names = [], []
+    for i in range(n):
+        brain, fdg = i % 2 == 0, i // 2 % 2 == 0
+        grown = 1 + 0.1 * torch.rand((), generator=torch.Generator().manual_seed(1000 * len(seed) + i))
+        body = (torch.hypot(x, y) < grown * (55 if brain else 95)).float()
+        spots = torch.hypot(x.abs() - (0 if fdg else 35), y) < 12
+        images.append(body + 4 * spots)
+        names.append(f"{'FDG' if fdg else 'PSMA'}:{'brain' if brain else 'trunk' if i % 3 else 'abdomen'}")
+    return Radon(GEOMETRY).project(torch.stack(images)[:, None]), Prompt.of(names)
+
+
+def test_a_classifier_names_tracer_and_region() -> None:
+    sinogram, prompt = labelled(48, "train")
+    network, again = (train_classifier(sinogram, prompt, GEOMETRY, steps=60, batch_size=16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    held_out, asked = labelled(24, "test")
+    assert network.obeyed(held_out, asked).float().mean() > 0.9
+    wrong = Prompt(torch.where(asked.tracer == 1, 3, 1), asked.region)
+    assert network.obeyed(held_out, wrong).float().mean() < 0.1
+    found = evaluate(
+        sinogram, held_out, GEOMETRY, classifier=network, real_prompts=prompt, fake_prompts=wrong, repeats=2
+    )
+    assert found.numbers["prompt_obeyed"] < 0.1
+    assert found.numbers["prompt_obeyed_floor"] > 0.9
+    with pytest.raises(ValueError, match="pass fake_prompts and real_prompts"):
+        evaluate(sinogram, held_out, GEOMETRY, classifier=network)
+    with pytest.raises(ValueError, match="48 slices come with 24 prompts"):
+        train_classifier(sinogram, asked, GEOMETRY)
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train_classifier(sinogram, ["open:open"] * 48, GEOMETRY)
+
+
+def test_trunk_and_open_are_answered_by_what_they_hold() -> None:
+    shown = Prompt.of(["FDG:chest", "FDG:brain", "PSMA:pelvis", "PSMA:abdomen", "DOPA:brain"])
+    asked = Prompt.of(["FDG:trunk", "FDG:trunk", "open:pelvis", "FDG:open", "open:open"])
+    assert matches(shown, asked).tolist() == [True, False, True, False, True]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("evaluate")
+
+
+def test_the_command_compares_two_folders(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for patient in range(6):
+        (tmp_path / f"real/p{patient}").mkdir(parents=True)
+        np.save(tmp_path / f"real/p{patient}/slices.npy", discs(4, patient)[:, 0].numpy())
+    finer = ParallelBeam(32, 40, 6.4, 40, 6.4)  # the same field of view in more bins
+    samples = Scan(discs(14, "fake", geometry=finer)[:, 0].numpy(), "sinogram", finer, state=("synthetic",))
+    write_scan(tmp_path / "fake.h5", samples)
+    table = {"patient": [f"q{i // 2}" for i in range(20)]}
+    write_scan(tmp_path / "train.h5", Scan(discs(20, "train")[:, 0].numpy(), "sinogram", GEOMETRY, table=table))
+    torch.manual_seed(0)
+    AutoencoderSystem(Autoencoder((8, 16))).save_pretrained(tmp_path / "encoder")
+    words = ["--real", f"{tmp_path}/real", "--fake", f"{tmp_path}/fake.h5", "--train", f"{tmp_path}/train.h5"]
+    words += ["--encoder", f"{tmp_path}/encoder", "--reports", str(tmp_path), "--bin-mm", "8"]
+    page = command.main(words)
+    said = capsys.readouterr().out
+    assert "resampled to the real set's 24 x 32 bins" in said
+    assert "6 patients" in said
+    text = page.read_text(encoding="utf-8")
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert len(pictures) == 3
+    assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in pictures)
+    assert "<script" not in text
+    report = json.loads((tmp_path / "evaluate.json").read_text(encoding="utf-8"))
+    measured = {row["number"] for row in report["rows"]}
+    assert {"kid_encoder", "copy_rate", "spectrum_image_40mm", "hl_residual", "energy_distance"} <= measured
+    assert all(f"<td>{name}</td>" in text for name in measured)
+    assert (tmp_path / "evaluate.md").is_file()
+
+
+def test_the_command_refuses_images_and_missing_folders(command: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder"):
+        command.main(["--real", f"{tmp_path}/none", "--fake", f"{tmp_path}/none"])
+    write_scan(tmp_path / "images.h5", Scan(np.arange(192, dtype=np.float32).reshape(3, 8, 8), "image", pixel_mm=2.0))
+    with pytest.raises(ValueError, match="holds images, but sinograms are compared"):
+        command.read_slices(tmp_path / "images.h5")
