@@ -79,7 +79,7 @@ class SinogramDiffAugment(nn.Module):
         u = torch.stack([torch.rand(13, generator=generator) for generator in generators])
         done = (u[:, 8:] < self.probability).float()
         low, high = map(math.log, self.gain)
-        views = ((2 * u[:, 1] - 1) * (self.rotation_deg / 180 * geometry.n_views) * done[:, 1]).round()
+        views = ((2 * u[:, 1] - 1) * (self.rotation_deg / 180 * geometry.n_views) * done[:, 1]).trunc()
         symmetry = SymmetryParameters(
             gain=((low + (high - low) * u[:, 0]) * done[:, 0]).exp(),
             dilation=torch.ones(len(u)),

@@ -43,7 +43,8 @@ class PromptDiscriminator(nn.Module):
     blocks, and a channel with the standard deviation over the batch, as in StyleGAN2 (arXiv 1912.04958).
 
     Args:
-        shape: ``(views, bins)`` of the sinograms.
+        n_views: of the sinograms.
+        n_bins: of the sinograms.
         channels: width of each level, finest first; each level halves rows and columns but the last.
         features: length of the feature vector.
         patch: sinograms are folded into ``patch x patch`` blocks before the first convolution.
@@ -53,7 +54,8 @@ class PromptDiscriminator(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        n_views: int,
+        n_bins: int,
         channels: tuple[int, ...] = (64, 96, 128, 192),
         features: int = 192,
         patch: int = 2,
@@ -61,14 +63,15 @@ class PromptDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "shape": tuple(shape),
+            "n_views": n_views,
+            "n_bins": n_bins,
             "channels": tuple(channels),
             "features": features,
             "patch": patch,
             "seam": seam,
         }
         self.patch, self.seam, self.multiple = patch, seam, patch * 2 ** (len(channels) - 1)
-        rows, columns = -(-(shape[0] + 2 * seam) // self.multiple), -(-shape[1] // self.multiple)
+        rows, columns = -(-(n_views + 2 * seam) // self.multiple), -(-n_bins // self.multiple)
         self.conv_in = nn.Conv2d(patch**2, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(_Halving(a, b) for a, b in pairwise(channels))
         self.last = nn.Sequential(

@@ -45,7 +45,8 @@ class Generator(nn.Module):
     """Make sinograms in network range from standard normal noise and prompts.
 
     Args:
-        shape: ``(views, bins)`` of the sinograms.
+        n_views: of the sinograms.
+        n_bins: of the sinograms.
         channels: width of each level, coarsest first; each level but the first doubles rows and columns.
         latent_size: how many of the noise's numbers decide what is shown; the rest is texture.
         style_size: length of the style vector.
@@ -54,7 +55,8 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int],
+        n_views: int,
+        n_bins: int,
         channels: tuple[int, ...] = (192, 128, 96, 64),
         latent_size: int = 64,
         style_size: int = 128,
@@ -62,15 +64,16 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "shape": tuple(shape),
+            "n_views": n_views,
+            "n_bins": n_bins,
             "channels": tuple(channels),
             "latent_size": latent_size,
             "style_size": style_size,
             "patch": patch,
         }
-        self.shape, self.latent_size, self.patch = (int(shape[0]), int(shape[1])), latent_size, patch
+        self.shape, self.latent_size, self.patch = (n_views, n_bins), latent_size, patch
         factor = patch * 2 ** (len(channels) - 1)
-        start = (-(-self.shape[0] // factor), -(-self.shape[1] // factor))
+        start = (-(-n_views // factor), -(-n_bins // factor))
         # As many maps as bins in a patch at the last level, where texture is independent from bin to bin.
         maps = [1] * (len(channels) - 1) + [patch**2]
         # (noise maps, rows, columns) for each of the two blocks of each level

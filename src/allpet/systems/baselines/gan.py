@@ -89,7 +89,7 @@ class SinogramGAN(SinogramSystem):
         if self.geometry is not None and self.geometry.sinogram_shape != self.generator.shape:
             raise ValueError(
                 f"The generator makes {self.generator.shape} views and bins, the data have "
-                f"{self.geometry.sinogram_shape}: set shape of generator and discriminator to that."
+                f"{self.geometry.sinogram_shape}: set n_views and n_bins of generator and discriminator."
             )
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
