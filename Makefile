@@ -30,7 +30,7 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report faults clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any inte
 
 simulator-report: $(READY) ## The simulator beside what is published, and pages of its pictures; 15 minutes
 	$(BIN)/python experiments/benchmarks/simulator_report.py $(ARGS)
+
+faults: $(READY) ## Put faults into small trainings: what happened, what was lost, what was said (ARGS=--kills: 100 kills)
+	$(BIN)/python experiments/faults.py $(ARGS)
 
 clean: ## Remove caches and build products; outputs/ and .venv/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
