@@ -21,7 +21,7 @@ from allpet.privacy import with_home, without_secrets
 from allpet.run_files import AtomicCheckpointIO
 from data_modules import SinogramFiles
 
-SECRET = "sk-0123456789abcdef"  # noqa: S105 - of no account
+SECRET = "sk-0123456789abcdef"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,10 @@ def finished(tmp_path_factory):
         patch.setenv("HOME", str(root.parent))
         patch.setenv("WANDB_API_KEY", SECRET)
         patch.setattr(socket.socket, "connect", _only_here(socket.socket.connect))
+        patch.setattr(socket, "getaddrinfo", _no_names)
+        scale = json.dumps({"widths": [8, 16], "note": SECRET})
         data = ["--data", "tiny_pet.StoredPET", "--data.folder", str(root.parent / "data")]
-        fit(root, *data, "--run.name", "001", "--trainer.max_steps", "1", "--scale+", json.dumps({"note": SECRET}))
+        fit(root, *data, "--run.name", "001", "--trainer.max_steps", "1", "--scale", scale)
     return root / "001"
 
 
@@ -49,6 +51,10 @@ def _only_here(connect: Any) -> Any:
         return connect(self, address)
 
     return guarded
+
+
+def _no_names(host: Any, *_: Any, **__: Any) -> Any:
+    raise AssertionError(f"the address of {host} was asked for")
 
 
 @pytest.fixture(autouse=True)
