@@ -125,6 +125,9 @@ gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any inte
 simulator-report: $(READY) ## The simulator beside what is published, and pages of its pictures; 15 minutes
 	$(BIN)/python experiments/benchmarks/simulator_report.py $(ARGS)
 
+faults: $(READY) ## Put faults into small trainings: what happened, what was lost, what was said (ARGS=--kills: 100 kills)
+	$(BIN)/python experiments/faults.py $(ARGS)
+
 clean: ## Remove caches and build products; outputs/ and .venv/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src data_modules callbacks experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from allpet.systems.base import Diverged
-from callbacks.export import not_finite
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -95,10 +95,13 @@ class RunCheckpoint(ModelCheckpoint):
         Raises:
             Diverged: if weights are not finite.
         """
-        if broken := not_finite(trainer.lightning_module):
+        weights = trainer.lightning_module.named_parameters()
+        broken = [name for name, weight in weights if not torch.isfinite(weight).all()]
+        if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             raise Diverged(
-                f"{broken[0]} and {len(broken) - 1} other weights are not finite at step {trainer.global_step}, so "
-                "nothing is saved: lower --model.learning_rate or check the data (make validate-data)."
+                f"{len(broken)} weights ({', '.join(broken[:1]) or 'of another process'}) are not finite at step "
+                f"{trainer.global_step}, so nothing is saved: lower --model.learning_rate or check the data (make "
+                "validate-data)."
             )
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.dirpath is not None:

@@ -311,12 +311,13 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "data": {**data, "init_args": kept}} if data else config
 
 
-def _with_home(config: Namespace) -> Namespace:
-    config = config.clone()
-    for key, value in config.items():
-        if key in config and not isinstance(value, Namespace):
-            config[key] = with_home(value)
-    return config
+def _with_home(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        value = value.clone()
+        for name, one in vars(value).items():
+            value[name] = _with_home(one)
+        return value
+    return [_with_home(one) for one in value] if isinstance(value, list) else with_home(value)
 
 
 def _listed(plugins: Any) -> list[Any]:
