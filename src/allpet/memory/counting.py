@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from allpet.models.layers import DeviceAttention
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,26 +63,22 @@ class LiveBytes(TorchDispatchMode):
         self.live -= n_bytes
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Let the CPU's autocast keep in float32 what CUDA's does (ATen/autocast_mode.h, AT_FORALL_FP32)."""
+def follow_cuda(network: nn.Module) -> None:
+    """Let a network on the CPU compute as on a GPU, as far as memory is concerned.
 
-    FLOAT32 = frozenset(
-        {
-            *(F.group_norm, torch.group_norm, F.layer_norm, torch.layer_norm, F.softplus, F.l1_loss, F.mse_loss),
-            *(F.softmax, torch.softmax, Tensor.softmax, torch.exp, Tensor.exp, torch.pow, Tensor.pow),
-        }
-    )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.FLOAT32 or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            wide = [_float32(value) for value in args]
-            return func(*wide, **{name: _float32(value) for name, value in kwargs.items()})
+    CUDA's autocast keeps norms in float32 (ATen/autocast_mode.h, AT_FORALL_FP32), which the CPU's does not, and
+    attention is fused.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+            layer.forward = functools.partial(_in_float32, layer.forward)  # type: ignore[method-assign]
+        processor = getattr(layer, "processor", None)
+        if isinstance(processor, DeviceAttention):
+            processor.plain = processor.fused  # type: ignore[assignment]
 
 
-def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+def _in_float32(forward: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return forward(values)
+    with torch.autocast("cpu", enabled=False):
+        return forward(values.float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from allpet.augmentation import MaskedStack
 from allpet.batches import SinogramBatch, unmasked_stack
 from allpet.geometry import ParallelBeam
-from allpet.memory.counting import CudaAutocast, LiveBytes
-from allpet.models.layers import DeviceAttention
+from allpet.memory.counting import LiveBytes, follow_cuda
 from allpet.prompts import Prompt
 from allpet.simulation.tasks import PairedBatch
 from allpet.systems.autoencoder import AutoencoderSystem
@@ -93,7 +92,7 @@ def estimate(training: Training) -> Estimate:
     plan = _Plan(training)
     ids = torch.arange(training.batch_size)  # numbers, which key the draws
     counter = LiveBytes()
-    with _without_contents(counter), CudaAutocast() if training.device == "cuda" else nullcontext():
+    with _without_contents(counter):
         with plan.precision_plugin.module_init_context():
             system = training.make_system()
         system.log = system.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
@@ -101,7 +100,8 @@ def estimate(training: Training) -> Estimate:
         system.train()
         frozen = system.autoencoder if isinstance(system, LatentSystem) else nn.Module()
         if training.device == "cuda":
-            _prefer_fused_attention(system)
+            for network in (system, frozen):
+                follow_cuda(network)
         # In the order of a fit: weights are copied for averaging, latents encoded ahead, then come the steps.
         average = [value.detach().clone() for value in _weights(system)] if training.averaged else []
         counter.forget_peak()
@@ -235,13 +235,6 @@ def _batch(system: CosineSystem, training: Training, ids: Tensor) -> SinogramBat
         sample_id=ids,
         patient_id=whole,
     )
-
-
-def _prefer_fused_attention(system: CosineSystem) -> None:
-    for layer in system.modules():
-        processor = getattr(layer, "processor", None)
-        if isinstance(processor, DeviceAttention):
-            processor.plain = processor.fused  # type: ignore[assignment]
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:
