@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from allpet.evaluation.classifier import PromptClassifier, train_classifier
-from allpet.evaluation.suite import Evaluation, evaluate
 from torch import Tensor
 
-from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Samples, Sampling
+from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Sampling
 from allpet.cli import main as allpet
+from allpet.evaluation.classifier import PromptClassifier, train_classifier
+from allpet.evaluation.suite import Evaluation, evaluate
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
-from allpet.systems.latent_diffusion import add_counting_noise
+from allpet.systems.latent_diffusion import Samples, add_counting_noise
 from data_modules import SimulatedPET
 from data_modules.simulated import PAPER_PROMPTS
 
