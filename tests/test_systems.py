@@ -20,6 +20,7 @@ from allpet import (
     Sampling,
     SymmetryAugmentation,
 )
+from allpet.consistency import helgason_ludwig_residual
 from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.randomness import keyed_generator
@@ -59,8 +60,9 @@ def stage1(**changes) -> AutoencoderSystem:
 
 def stage2(autoencoder: Autoencoder, label_size: int = 0, **changes) -> LatentDiffusion:
     denoiser = Denoiser(
-        channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8, label_size=label_size
-    )
+        channels=(16, 32), layers_per_block=1, attention=(False, True), head_channels=8, label_size=label_size,
+        condition_channels=4 if changes.get("linear_rank") else 0,
+    )  # fmt: skip
     system = LatentDiffusion(autoencoder, denoiser, **{"warmup_steps": 2, "learning_rate": 2e-3, **changes})
     system.geometry = GEOMETRY
     return system
@@ -181,7 +183,7 @@ def test_unknown_optimizers_and_views_are_refused():
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [(1, {}), (1, {"optimizer": "muon"}), (2, {}), (2, {"optimizer": "muon", "latent_views": 2})],
+    [(1, {}), (1, {"optimizer": "muon"}), (2, {}), (2, {"optimizer": "muon", "latent_views": 2, "linear_rank": 64})],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(stage, changes, data, tmp_path):
     def make():
@@ -283,6 +285,48 @@ def test_flow_matching_trains_is_sampled_and_comes_back_from_its_folder(data, tm
     for sampler in SAMPLERS:
         samples = [one.sample(prompt, [5], Sampling(sampler, steps=3)).stack for one in (system, loaded)]
         torch.testing.assert_close(*samples)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
+def test_stage_2_starts_from_the_best_linear_denoiser_and_comes_back_with_it(prediction, data, tmp_path):
+    diffusion = Diffusion(prediction=prediction)
+    plain, started = (
+        stage2(stage1().autoencoder, diffusion=diffusion, linear_rank=rank, learning_rate=1e-9) for rank in (0, 64)
+    )
+    losses = {}
+    for system in (plain, started):
+        system.autoencoder.scaling.set_scale(data.scale)
+        system.autoencoder.set_latent_statistics(*system_statistics(system.autoencoder, data))
+        trainer(max_steps=1).fit(system, datamodule=data)
+        (run,) = trainer().validate(system, datamodule=data, verbose=False)
+        losses[system] = float(run["val/loss"])
+    assert losses[started] < 0.8 * losses[plain]
+    started.save_pretrained(tmp_path / "folder")
+    again = LatentDiffusion.from_pretrained(tmp_path / "folder")
+    prompt, sampling = Prompt.of(["FDG:brain"] * 2), Sampling("ddim", steps=3)
+    torch.testing.assert_close(
+        again.sample(prompt, [1, 2], sampling).sinogram, started.eval().sample(prompt, [1, 2], sampling).sinogram
+    )
+
+
+def system_statistics(autoencoder: Autoencoder, data: SimulatedPET) -> tuple[torch.Tensor, torch.Tensor]:
+    raw = autoencoder.encode(autoencoder.scaling(data.augment(data.train_set[list(range(16))]).as_stack())).mean
+    return raw.mean((0, 2, 3)).detach(), raw.std((0, 2, 3)).detach()
+
+
+def test_a_linear_start_needs_room_for_its_estimate():
+    with pytest.raises(ValueError, match="linear_rank is 8 and the denoiser has 0 condition channels: give it 4"):
+        LatentDiffusion(stage1().autoencoder, Denoiser(channels=(16,), attention=(False,)), linear_rank=8)
+
+
+def test_generated_sinograms_are_corrected_on_request(data):
+    system = stage2(stage1().autoencoder).eval()
+    prompt, raw = Prompt.of(["FDG:brain"] * 2), Sampling("ddim", steps=2)
+    corrected = system.sample(prompt, [1, 2], replace(raw, consistency="helgason_ludwig")).sinogram
+    before = system.sample(prompt, [1, 2], raw).sinogram
+    assert helgason_ludwig_residual(corrected, GEOMETRY, 4).max() < helgason_ludwig_residual(before, GEOMETRY, 4).min()
+    with pytest.raises(ValueError, match="consistency is 'magic', but must be one of bow_tie"):
+        Sampling(consistency="magic")
 
 
 def test_stage_1_is_neither_trained_nor_stored_nor_copied_by_stage_2():

@@ -129,6 +129,16 @@ class Diffusion:
             return noisy - sigma * prediction
         return alpha * noisy - sigma * prediction
 
+    def from_clean(self, noisy: Tensor, clean: Tensor, time: Tensor) -> Tensor:
+        """What the network should predict at x_t if x_0 is ``clean``: the inverse of ``to_clean``."""
+        alpha, sigma = self._at(time, noisy)
+        return self.target(clean, (noisy - alpha * clean) / sigma, time)
+
+    def error_factor(self, time: Tensor) -> Tensor:
+        """How many times larger an error of the prediction is than the error of x_0 it implies; float64, like time."""
+        alpha, sigma = self.coefficients(time)
+        return alpha / sigma if self.prediction == "epsilon" else 1 / sigma
+
     def step_deviation(self, time: Tensor, earlier: Tensor) -> Tensor:
         """Standard deviation of x_s given x_t and x_0, s = ``earlier`` < t = ``time``: what DDPM adds; float64.
 

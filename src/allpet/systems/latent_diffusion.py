@@ -12,9 +12,11 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from allpet.augmentation import SymmetryAugmentation, SymmetryParameters
 from allpet.batches import PromptBatch, SinogramBatch
 from allpet.consistency import Correction, make_consistent
 from allpet.diffusion.guidance import drop_prompt, guide
+from allpet.diffusion.linear_denoiser import LinearDenoiser
 from allpet.diffusion.samplers import SAMPLERS, SamplerName, StepCallback, draw_samples
 from allpet.diffusion.schedule import Diffusion
 from allpet.geometry import ParallelBeam
@@ -28,6 +30,9 @@ from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName
 from allpet.systems.latents import Aside, LatentSystem
+
+_TURNED = 8
+"""Turned copies of each training slice that the linear denoiser's covariance is measured on."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class _Aside(Aside):
         latents: of the training slices, ``(slices, views, latent_channels, rows, columns)``; None before a fit.
         labels: of the symmetries drawn for each view, ``(slices, views, label_size)``; None without symmetries.
         row: of each sample id in ``latents``.
+        linear: what the network starts from; None before a fit, or without.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
@@ -126,6 +132,7 @@ class _Aside(Aside):
         self.latents: Tensor | None = None
         self.labels: Tensor | None = None
         self.row: dict[int, int] = {}
+        self.linear: LinearDenoiser | None = None
 
 
 class LatentDiffusion(LatentSystem):
@@ -147,6 +154,9 @@ class LatentDiffusion(LatentSystem):
         prompt_dropout: probability of leaving open the tracer, the region, and both, each, in training.
         latent_views: 0 encodes every batch anew, with new masks and symmetries; n encodes n such views of each
             training slice once, when training starts, and saves the encoder's share of every step.
+        linear_rank: the network predicts what the best linear denoiser leaves open, and sees its estimate; that one is
+            fitted when training starts and keeps so many axes of the latents' covariance (``LinearDenoiser``). It needs
+            a denoiser with as many condition as latent channels. 0: the network predicts everything.
         sampling: how ``sample`` and ``predict`` draw.
         seed: keys training noise, times and prompt dropout.
     """
@@ -163,6 +173,7 @@ class LatentDiffusion(LatentSystem):
         others_factor: float = 1.0,
         prompt_dropout: float = 0.1,
         latent_views: int = 0,
+        linear_rank: int = 0,
         sampling: Sampling = Sampling(),
         seed: int = 0,
     ) -> None:
@@ -181,12 +192,30 @@ class LatentDiffusion(LatentSystem):
             raise ValueError(f"prompt_dropout is {prompt_dropout}, but each of three cases can have at most 1/3.")
         if latent_views < 0:
             raise ValueError(f"latent_views is {latent_views}, but must be 0 (encode every batch) or more.")
+        if linear_rank < 0 or (linear_rank and denoiser.condition_channels != denoiser.latent_channels):
+            raise ValueError(
+                f"linear_rank is {linear_rank} and the denoiser has {denoiser.condition_channels} condition channels: "
+                f"give it {denoiser.latent_channels}, for the linear estimate, or set linear_rank to 0."
+            )
+        self.linear_rank = linear_rank
         self.denoiser, self.diffusion, self.sampling, self.latent_views = denoiser, diffusion, sampling, latent_views
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
     def forward(self, noisy: Tensor, time: Tensor, prompt: Prompt, label: Tensor | None = None) -> Tensor:
         """Predict the training target of noisy latents; shapes as in ``Denoiser``."""
-        return self.denoiser(noisy, time, prompt, label=label)
+        linear = self.linear
+        if linear is None:
+            return self.denoiser(noisy, time, prompt, label=label)
+        alpha, sigma = (values.to(noisy.device) for values in self.diffusion.coefficients(time))
+        estimate = linear(noisy, alpha, sigma, prompt)
+        rest = self.denoiser(noisy, time, prompt, estimate, label)
+        size = linear.error(alpha, sigma) * self.diffusion.error_factor(time).to(noisy)
+        return self.diffusion.from_clean(noisy, estimate, time) + size[:, None, None, None] * rest.float()
+
+    @property
+    def linear(self) -> LinearDenoiser | None:
+        """The fitted linear denoiser, on this module's device."""
+        return None if self._aside.linear is None else self._aside.linear.to(self.device)
 
     def setup(self, stage: str) -> None:
         """Take the geometry from the data module, and see that the denoiser is told of what is done to the slices.
@@ -211,9 +240,11 @@ class LatentDiffusion(LatentSystem):
 
         The data module must have ``train_set`` and ``augment(batch, epoch)``.
         """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.linear_rank:
+            self._aside.linear = self._fit_linear(data)
         if not self.latent_views:
             return
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rows, size = list(range(len(data.train_set))), self.sampling.batch_size
         pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
         latents, labels = [], []
@@ -226,6 +257,22 @@ class LatentDiffusion(LatentSystem):
         if labels[0][0] is not None:
             self._aside.labels = torch.stack([torch.cat(view).cpu() for view in labels], dim=1)
         self._aside.row = {sample: row for row, sample in enumerate(data.train_set.sample_id.tolist())}
+
+    def _fit_linear(self, data: Any) -> LinearDenoiser:
+        """Encode every training slice as it is trained on, and turned and mirrored at random, in a fixed order."""
+        turn = SymmetryAugmentation(data.geometry)
+        rows, size = list(range(len(data.train_set))), self.sampling.batch_size
+        latents, turned = [], []
+        for start in tqdm(range(0, len(rows), size), desc="Fitting the linear denoiser", leave=False):
+            batch = move_data_to_device(data.train_set[rows[start : start + size]], self.device)
+            with self.trainer.precision_plugin.forward_context():
+                latents.append(self.encode(data.augment(batch, 0)).cpu())
+                for k in range(_TURNED):
+                    drawn = [turn.draw(1, keyed_generator("linear", i, k)) for i in batch.sample_id.tolist()]
+                    parameters = SymmetryParameters(*(torch.cat(values) for values in zip(*drawn, strict=True)))
+                    moved = batch._replace(sinogram=turn.apply(batch.sinogram, parameters), noise_free=None)
+                    turned.append(self.encode(data.augment(moved, 1 + k)).cpu())
+        return LinearDenoiser.fit(torch.cat(latents), data.train_set.prompt, torch.cat(turned), self.linear_rank)
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """Mean squared error of the prediction at keyed random times and noise."""
@@ -310,9 +357,12 @@ class LatentDiffusion(LatentSystem):
             "autoencoder": self.autoencoder.config,
             "denoiser": self.denoiser.config,
             "diffusion": self.diffusion.to_dict(),
+            "linear": None if self.linear is None else self.linear.config,
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+        if self.linear is not None:
+            weights |= {f"linear.{name}": value for name, value in self.linear.state_dict().items()}
         save_pretrained(folder, config, weights, card)
 
     @classmethod
@@ -320,7 +370,7 @@ class LatentDiffusion(LatentSystem):
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "LatentDiffusion")
         with building(folder):
-            parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}}
+            parts: dict[str, dict[str, Tensor]] = {"autoencoder": {}, "denoiser": {}, "linear": {}}
             for name, value in weights.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = value
@@ -329,6 +379,10 @@ class LatentDiffusion(LatentSystem):
             denoiser.load_state_dict(parts["denoiser"])
             system = cls(autoencoder, denoiser, Diffusion(**config["diffusion"]), sampling=sampling)
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+            if config.get("linear"):  # folders of earlier versions do not speak of it
+                linear = LinearDenoiser(tuple(config["linear"]["shape"]), config["linear"]["rank"])
+                linear.load_state_dict(parts["linear"])
+                system._aside.linear, system.linear_rank = linear, config["linear"]["rank"]
         return system.eval()
 
     def _training_latents(
