@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from allpet import ParallelBeam, Radon
-from allpet.evaluation import Evaluation
+from allpet.evaluation import Evaluation, meaning
 from allpet.evaluation.copies import aligned
-from allpet.evaluation.suite import meaning
 from allpet.io.atomic import replacing
 from allpet.metrics import standard_image
 from allpet.randomness import keyed_generator

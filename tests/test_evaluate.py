@@ -60,7 +60,7 @@ def test_copies_brightness_and_broken_views_are_found() -> None:
     assert found.numbers["copy_rate_third"] == pytest.approx(0.5, abs=0.1)
     assert {"copy_rate", "copy_rate_third", "near_rate"} <= faults(found.rows())
     assert found.nearest is not None
-    assert found.nearest.index[:16].tolist() == list(range(16))
+    assert found.nearest.first[:16].tolist() == list(range(16))
     gains = 1 + torch.arange(24).remainder(2)[None, None, :, None]
     broken = evaluate(real, 2 * discs(32, "fresh") * gains, GEOMETRY)
     assert {"row_sum_cv", "activity_ratio", "activity_distance", "kid_conv", "sw_raw"} <= faults(broken.rows())

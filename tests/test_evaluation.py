@@ -193,7 +193,7 @@ def test_copies_are_found_through_every_symmetry() -> None:
         symmetry.translate(training[13:14], GEOMETRY, 9.0, -14.0),
     ]
     found = copies.nearest_modulo_symmetry(torch.cat(made), training, GEOMETRY)
-    assert found.index.tolist() == [3, 5, 8, 11, 13]
+    assert found.first.tolist() == [3, 5, 8, 11, 13]
     assert found.d1[:4].max() < 1e-3
     assert found.d1[4] < 0.02  # moved by parts of a bin
     assert found.ratio.max() < 0.2
@@ -226,7 +226,7 @@ def test_distances_modulo_symmetry_are_those_of_every_turn_tried() -> None:
         distance = (1 - cosine.square()).sqrt().amin(0).sort(dim=1)
         torch.testing.assert_close(found.d1, distance.values[:, 0].float(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(found.d2, distance.values[:, 1].float(), rtol=1e-3, atol=1e-5)
-        assert found.index.tolist() == distance.indices[:, 0].tolist()
+        assert found.first.tolist() == distance.indices[:, 0].tolist()
 
 
 def test_the_second_nearest_is_of_another_patient() -> None:

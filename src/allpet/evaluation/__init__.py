@@ -1,10 +1,11 @@
 """Is a set of generated sinograms as good as a set of real ones? Numbers, each with its real-versus-real floor.
 
 ``suite.evaluate`` puts together what the other modules measure one by one: ``features`` and ``distances`` between
-distributions, ``spectra`` and histograms, ``copies`` of training slices up to symmetries, ``classifier`` and
-``utility`` for what samples are good for.
+distributions, ``spectra`` and histograms, ``copies`` of training slices up to symmetries, and a ``classifier`` that
+tells whether prompts are obeyed.
 """
 
-from allpet.evaluation.suite import Evaluation, evaluate, verdict
+from allpet.evaluation.suite import Evaluation, evaluate
+from allpet.evaluation.verdicts import meaning, verdict
 
-__all__ = ["Evaluation", "evaluate", "verdict"]
+__all__ = ["Evaluation", "evaluate", "meaning", "verdict"]

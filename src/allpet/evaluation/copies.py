@@ -33,7 +33,7 @@ class Nearest(NamedTuple):
     Attributes:
         d1: distance to the nearest slice, in [0, 1], ``(samples,)``.
         d2: distance to the nearest slice of any other patient than that one's.
-        index: the nearest slice, int64.
+        first: the nearest slice, int64.
         second: the one that d2 belongs to, int64.
         turn: views by which the nearest slice is turned to fit, int64.
         mirrored: whether it is mirrored (y -> -y) before it is turned, bool.
@@ -41,7 +41,7 @@ class Nearest(NamedTuple):
 
     d1: Tensor
     d2: Tensor
-    index: Tensor
+    first: Tensor
     second: Tensor
     turn: Tensor
     mirrored: Tensor
@@ -106,7 +106,7 @@ def nearest_modulo_symmetry(
 
 def aligned(nearest: Nearest, training: Tensor) -> Tensor:
     """Return the nearest training slices, turned and mirrored to fit the samples, ``(samples, 1, views, bins)``."""
-    return _moved(training[nearest.index], nearest.turn, nearest.mirrored)
+    return _moved(training[nearest.first], nearest.turn, nearest.mirrored)
 
 
 def copy_rate(samples: Nearest, held_out: Nearest) -> CopyRate:
