@@ -1,5 +1,6 @@
 """What watches and steers a training: name these classes in the callbacks of a YAML file."""
 
+from callbacks.copy_watch import CopyWatch
 from callbacks.export import ExportPretrained
 from callbacks.latent_statistics import LatentStatistics
 from callbacks.memory import PeakMemory
@@ -9,6 +10,7 @@ from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.sample_writer import SampleWriter
 
 __all__ = [
+    "CopyWatch",
     "ExportPretrained",
     "LatentStatistics",
     "Panels",

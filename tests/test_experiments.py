@@ -17,7 +17,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
 COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "ldm.yaml") for scale in SCALES]
 COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
-COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/gpu24.yaml", "symmetries.yaml"))]
+COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/gpu24.yaml", "symmetries.yaml", "early_stopping.yaml"))]
 COMMANDS += [("predict", ("sample.yaml",))]
 COMMANDS += [
     ("fit", ("defaults.yaml", "finetune/bridge.yaml", f"finetune/{task}.yaml", scale))

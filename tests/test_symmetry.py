@@ -137,6 +137,33 @@ def test_only_permutations_are_said_to_preserve_poisson_noise() -> None:
     for name, value in moved.items():
         same_counts = torch.equal(value.flatten().sort().values, counts.flatten().sort().values)
         assert same_counts == symmetry.PRESERVES_POISSON[name], name
+    assert set(symmetry.PRESERVES_POISSON) - set(moved) == {"thinning_mixup"}, "no permutation: tested below"
+
+
+def test_thinned_mixtures_of_counts_are_poisson_and_plain_ones_are_not() -> None:
+    n, low, high, share = 400, 4.0, 30.0, 0.3
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.poisson(torch.full((n, 1, 16, 20), mean), generator) for mean in (low, high))
+    owned = [torch.Generator().manual_seed(i) for i in range(n)]
+    mixed = symmetry.thinning_mixup(first, second, share, owned)
+    mean = share * low + (1 - share) * high
+    assert float(mixed.mean()) == pytest.approx(mean, rel=0.005)
+    assert float(mixed.var()) == pytest.approx(mean, rel=0.02)
+    exact = torch.distributions.Poisson(mean).log_prob(torch.arange(60.0)).exp()
+    shares = mixed.long().flatten().bincount(minlength=60)[:60] / mixed.numel()
+    assert float((shares - exact).abs().max()) < 0.002
+    assert abs(float((mixed[..., 1:] * mixed[..., :-1]).mean()) / mean**2 - 1) < 0.002, "neighbours are independent"
+    assert float((share * first + (1 - share) * second).var()) < 0.8 * mean
+
+
+def test_thinning_is_per_sample_and_keeps_whole_patients_at_its_ends() -> None:
+    counts = torch.poisson(torch.full((2, 3, 1, 8, 8), 9.0), torch.Generator().manual_seed(0))
+    share = torch.tensor([1.0, 0.0, 0.4])
+    mixed = symmetry.thinning_mixup(*counts, share, [torch.Generator().manual_seed(i) for i in range(3)])
+    assert torch.equal(mixed[0], counts[0, 0])
+    assert torch.equal(mixed[1], counts[1, 1])
+    alone = symmetry.thinning_mixup(*counts[:, 2:], 0.4, [torch.Generator().manual_seed(2)])
+    assert torch.equal(mixed[2:], alone)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -209,6 +236,9 @@ def test_coarser_bins_do_not_alias() -> None:
         (lambda p: symmetry.translate(p, ODD, 1.0, 1.0), "needs \\(batch, channel, 45, 101\\)"),
         (lambda p: symmetry.resample(p[0], GEOMETRY, ODD), "shape is \\(1, 64, 128\\)"),
         (lambda p: symmetry.rotate(p, torch.zeros(3)), "one number or \\(2,\\)"),
+        (lambda p: symmetry.thinning_mixup(p + 0.5, p, 0.5, [torch.Generator()] * 2), "Thinning needs counts"),
+        (lambda p: symmetry.thinning_mixup(p, p, 1.5, [torch.Generator()] * 2), "share is 1.5"),
+        (lambda p: symmetry.thinning_mixup(p, p[:1], 0.5, [torch.Generator()] * 2), "give two of one shape"),
     ],
 )
 def test_bad_input_is_named(call, sentence: str) -> None:  # type: ignore[no-untyped-def]

@@ -19,16 +19,18 @@ The continuation makes a sinogram over half a turn a function on a Moebius strip
 which is periodic over a full turn. Angles are treated there, by Fourier series. Along the bins a sinogram is taken to
 be zero beyond its ends and band-limited; an object must stay inside the field of view for that to hold.
 
-Operations that permute bins (``PRESERVES_POISSON``) keep independent Poisson counts what they are. The others mix
-neighbouring bins: apply them to expected sinograms, or before noise is added.
+Operations that permute bins keep independent Poisson counts what they are, and so does mixing two patients by thinning
+their counts (``PRESERVES_POISSON``). The others mix neighbouring bins: apply them to expected sinograms, or before
+noise is added.
 
-All functions take ``(batch, channel, views, bins)``, keep its shape and units, and are differentiable. A parameter is
-one number for the whole batch or a tensor ``(batch,)``.
+All functions take ``(batch, channel, views, bins)``, keep its shape and units, and are differentiable, but for the
+random ``thinning_mixup``. A parameter is one number for the whole batch or a tensor ``(batch,)``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -46,6 +48,7 @@ PRESERVES_POISSON = {
     "dilate": False,
     "blur": False,
     "resample": False,
+    "thinning_mixup": True,
 }
 
 
@@ -157,6 +160,44 @@ def blur(sinogram: Tensor, geometry: ParallelBeam, fwhm_mm: Tensor | float) -> T
     return _filter_bins(
         sinogram, torch.exp(-2 * (math.pi * sigma * _radial_frequencies(geometry).to(sinogram)).square())
     )
+
+
+def thinning_mixup(
+    first: Tensor, second: Tensor, share: Tensor | float, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Mix counts of two patients so that Poisson noise stays Poisson noise: Bin(first, a) + Bin(second, 1 - a).
+
+    Of Poisson counts with means l1 and l2 it is Poisson with mean a l1 + (1 - a) l2; the plain mean of counts, with
+    weights a and 1 - a, would have less noise than that. It is exact for counts that nothing was subtracted from.
+
+    Args:
+        first: counts, ``(batch, channel, views, bins)``.
+        second: counts, same shape.
+        share: a in [0, 1], a number or ``(batch,)``.
+        generators: one CPU generator per sample.
+
+    Returns:
+        counts of the mixed patients, same shape.
+
+    Raises:
+        ValueError: if the values are no counts, or a share or the shapes are impossible.
+    """
+    if first.shape != second.shape or len(generators) != len(first):
+        raise ValueError(
+            f"The shapes are {tuple(first.shape)} and {tuple(second.shape)}, with {len(generators)} generators: give "
+            "two of one shape, and a generator per sample."
+        )
+    a = _per_sample(share, first).cpu()
+    if not bool(((a >= 0) & (a <= 1)).all()):
+        raise ValueError(f"share is {share}, but must lie in [0, 1].")
+    for counts in (first, second):
+        if not bool(((counts >= 0) & (counts == counts.round())).all()):
+            raise ValueError("Thinning needs counts, whole numbers from 0 on: mix what is corrected plainly.")
+    mixed = [
+        torch.binomial(x, part.expand_as(x), generator) + torch.binomial(y, (1 - part).expand_as(y), generator)
+        for x, y, part, generator in zip(first.cpu(), second.cpu(), a, generators, strict=True)
+    ]
+    return torch.stack(mixed).to(first)
 
 
 def resample(sinogram: Tensor, source: ParallelBeam, target: ParallelBeam) -> Tensor:
