@@ -185,7 +185,7 @@ class SliceCache(Dataset[int]):
                 file.attrs["about"] = json.dumps({**self.about, "first_patient": k * self.patients_per_file})
             unfinished.replace(self.path(k))
         except OSError as error:
-            finding = f"it cannot be written ({error.strerror or ' '.join(str(error).split())[:80]})"
+            finding = f"it cannot be written ({_reason(error)})"
             raise DataError(self.path(k), finding, "free space, or name another folder with --data.cache") from error
         finally:
             unfinished.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ class SliceCache(Dataset[int]):
             try:
                 self._files[k] = h5py.File(self.path(k), "r")
             except OSError as error:
-                finding = f"it is gone or damaged ({' '.join(str(error).split())[:80]})"
+                finding = f"it is gone or damaged ({_reason(error)})"
                 raise DataError(self.path(k), finding, "give the same command again, which makes it anew") from error
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
@@ -213,6 +213,11 @@ class SliceCache(Dataset[int]):
     def _close(self, k: int) -> None:
         if self._owner == os.getpid() and k in self._files:
             self._files.pop(k).close()
+
+
+def _reason(error: OSError) -> str:
+    # the text of the HDF5 library is long
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:80]
 
 
 @contextlib.contextmanager

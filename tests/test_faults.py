@@ -218,6 +218,26 @@ def test_what_a_killed_export_left_is_removed(half, tmp_path, whole, note, heard
     note("SIGKILL while the weights are exported", "half a folder beside its place, removed later", "1 step", "none")
 
 
+def test_resuming_is_exact_with_accumulated_batches(tmp_path, note, heard, monkeypatch):
+    """Three batches to a step, eight to an epoch; stopped between two steps, in the second epoch."""
+    words, seen = ["--trainer.accumulate_grad_batches", "3", "--data.batch_size", "2"], []
+
+    def stop_at_the_second_batch(_: Any) -> None:
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fit(tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        at(patch, 4, stop_at_the_second_batch)
+        said = stopped(tmp_path / "runs", *words)
+    assert said.endswith("The same command continues at step 5.")
+    fit(tmp_path / "runs", *words)
+    assert "continues at step 5" in heard()
+    assert_same(tmp_path / "runs" / "001", tmp_path / "whole" / "001")
+    note("SIGTERM while gradients are accumulated", "the step is finished and saved", "nothing", said)
+
+
 # ----------------------------------------------------------------------------------------------------- disk and memory
 
 

@@ -88,6 +88,8 @@ class AllpetCLI(LightningCLI):
                 parser_kwargs={**mode, **{name: dict(mode) for name in self.subcommands()}},
                 args=args,
             )
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"allpet: A configuration file holds no text ({error}): give YAML files.") from error
         finally:
             if self._lock is not None:
                 self._lock.release()
