@@ -66,7 +66,13 @@ def _child(stage: str, batch_size: int, precision: str) -> None:
 
     training, _ = plan(words(stage, batch_size, precision), "cpu")
     data = SimulatedPET(
-        training.geometry, ("FDG:brain",), batch_size, val_patients=1, test_patients=1, cache=None, batch_size=batch_size
+        training.geometry,
+        ("FDG:brain",),
+        batch_size,
+        val_patients=1,
+        test_patients=1,
+        cache=None,
+        batch_size=batch_size,
     )
     data.setup()
     found = estimate(training)
@@ -122,7 +128,9 @@ def main() -> None:
         _child(arguments.child[0], int(arguments.child[1]), arguments.child[2])
         return
     rows = [
-        measure(stage, batch, arguments.precision, prompt) for stage, batch in BATCHES.items() for prompt in (True, False)
+        measure(stage, batch, arguments.precision, prompt)
+        for stage, batch in BATCHES.items()
+        for prompt in (True, False)
     ]
     print(table(rows))
     print(f"written to {write_report('memory_check', rows, [], arguments.output)} (.md)")
