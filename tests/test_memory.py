@@ -98,10 +98,13 @@ def test_the_peak_grows_by_the_same_for_every_slice():
     assert peaks[1] - peaks[0] > 4 * n_bytes([batch_of(1).stack.stack])
 
 
-def test_estimates_leave_the_random_numbers_alone():
+def test_estimates_leave_nothing_behind():
+    """Neither drawn random numbers nor cached tables without contents, such as a default's noise schedule."""
     before = torch.random.get_rng_state()
-    estimate(training())
+    estimate(training(stage2))
     assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.random.fork_rng():
+        assert type(stage2().diffusion.alpha_sigma[0]) is torch.Tensor
 
 
 def test_norms_take_more_on_a_gpu_in_bfloat16_only():

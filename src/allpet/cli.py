@@ -206,6 +206,9 @@ class AllpetCLI(LightningCLI):
         budget, geometry = options.memory_budget_gb, geometry or geometry_of(config)
         if budget is None or geometry is None:
             return
+        if not hasattr(os, "fork"):  # see allpet.memory.estimate
+            rank_zero_info("memory_budget_gb is not checked on this system; make memory estimates what training takes.")
+            return
         device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
         found = check_budget(training_of(config, self._parser("fit"), device, geometry), budget)
         rank_zero_info(f"Estimated peak memory: {found.peak / GB:.2f} GB of {budget:g} GB.")

@@ -1,7 +1,7 @@
 """Peak memory of a training, estimated without the device and without computing anything.
 
-The system is built with tensors that have shapes but no contents (torch's ``FakeTensorMode``), and does what a training
-does: training steps with batches of the planned size and precision, the optimiser's and the weight average's updates, an
+The system is built with tensors that have shapes but no contents (torch's ``FakeTensorMode``), and does what a
+training does: steps with batches of the planned size and precision, the updates of optimiser and averaged weights, an
 evaluation. Whatever lives is counted as it is made and freed; the peak is what torch's allocator would report.
 
 Vocabulary. *Activations* are all that is neither weight, gradient, optimiser state nor average: the batch, what the

@@ -41,8 +41,8 @@ def check_budget(training: Training, budget_gb: float) -> Estimate:
     if found.peak <= budget_gb * GB:
         return found
     sentence = (
-        f"Batches of {training.batch_size} at {training.geometry.n_views} views x {training.geometry.n_bins} bins would "
-        f"take {found.peak / GB:.2f} GB of the {budget_gb:g} GB of memory_budget_gb: "
+        f"Batches of {training.batch_size} at {training.geometry.n_views} views x {training.geometry.n_bins} bins "
+        f"would take {found.peak / GB:.2f} GB of the {budget_gb:g} GB of memory_budget_gb: "
     )
     fitting = largest_batch(training, budget_gb * GB)
     if fitting:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 import torch
@@ -88,7 +91,41 @@ class Estimate:
 
 
 def estimate(training: Training) -> Estimate:
-    """Estimate the peak of a training, in seconds."""
+    """Estimate the peak of a training, in seconds.
+
+    In a process of its own where the system can fork: what this one caches, such as noise schedules, must not come to
+    hold tensors without contents. Elsewhere a process that has estimated should not train.
+    """
+    if not hasattr(os, "fork"):
+        return _estimate(training)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_estimate, args=(training, sender), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # threads of this process do not matter to one that computes nothing
+        process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"The estimate of memory ended with exit code {process.exitcode}.") from None
+    process.join()
+    if isinstance(found, Exception):
+        raise found
+    assert isinstance(found, Estimate)
+    return found
+
+
+def _send_estimate(training: Training, sender: Connection) -> None:
+    torch.set_num_threads(1)  # the pool of the process that forked is not here
+    try:
+        sender.send(_estimate(training))
+    except Exception as error:
+        sender.send(error)
+
+
+def _estimate(training: Training) -> Estimate:
     plan = _Plan(training)
     ids = torch.arange(training.batch_size)  # numbers, which key the draws
     counter = LiveBytes()
