@@ -14,6 +14,8 @@ _EXPORTS = {
     "projector": ["Radon"],
     "reconstruction": ["fbp", "mlem", "osem"],
     "augmentation": ["MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
+    "attention": ["TransparentMedicalAttention"],
+    "regions": ["roi_box", "roi_from_file", "roi_from_labels"],
     "batches": ["PromptBatch", "SinogramBatch"],
     "prompts": ["Prompt"],
     "scaling": ["Scaling"],
