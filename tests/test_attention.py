@@ -1,4 +1,4 @@
-"""Transparent medical attention: what it finds, that it only looks at the input, and that areas project as Radon does."""
+"""Transparent medical attention: what it finds, what it cannot see, and that areas project as Radon says."""
 
 from __future__ import annotations
 

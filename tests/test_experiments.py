@@ -10,8 +10,8 @@ import yaml
 
 import allpet
 from allpet.cli import main
+from allpet.conditions import LABEL_SIZE
 from allpet.simulation.tasks import TASKS
-from allpet.systems.latent_bridge import LABEL_SIZE
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))

@@ -28,7 +28,12 @@ _EXPORTS = {
     "diffusion.bridge_samplers": ["sample_dbim"],
     "systems.autoencoder": ["AutoencoderSystem"],
     "systems.latent_diffusion": ["LatentDiffusion", "Sampling"],
-    "systems.latent_bridge": ["BridgeSampling", "Condition", "LatentBridge"],
+    "conditions": ["Condition", "RestorationBatch"],
+    "models.pixel_space": ["PixelSpace"],
+    "systems.focus": ["AttentionUse"],
+    "systems.paired": ["Restored"],
+    "systems.latent_bridge": ["BridgeSampling", "LatentBridge"],
+    "systems.conditional_diffusion": ["ConditionalDiffusion", "ConditionalSampling"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = sorted(_HOME)

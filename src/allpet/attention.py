@@ -1,16 +1,16 @@
 """Transparent medical attention (TMA, arXiv 2509.09130, fig. 1): where to look, said in the image, seen by every ray.
 
-A quick reconstruction of the *input* is coarsely segmented into *hot* and *cold* areas, or a clinician draws a region of
-interest (*ROI*). Areas are projected like activity, so that a ray is attended to by how much of it passes through them::
+A quick reconstruction of the *input* is coarsely segmented into *hot* and *cold* areas, or a clinician draws a region
+of interest (*ROI*). Areas are projected like activity, so that a ray is attended to by how much of it passes through::
 
     attention = 1 + strength (hot share(S_hot) + cold share(S_cold) + roi share(ROI)),  share(S) = R(S) / max R(S)
 
-or, with ``normalise="path"``, share(S) = R(S) / R(body), the part of the ray's way through the body. Nothing is learned,
-nothing but the input is looked at, and every number can be drawn beside the image.
+or, with ``normalise="path"``, share(S) = R(S) / R(body), the part of the ray's way through the body. Nothing is
+learned, nothing but the input is looked at, and every number can be drawn beside the image.
 
-How coarse it is. The *background* of a pixel is the mean over some centimetres of body around it, so that what is larger
-than that, such as a liver, is its own background, and what is smaller than the smoothing is lost. Noise of very low
-doses passes for hot and cold. Without attenuation correction the interior is too weak; that changes slowly, as the
+How coarse it is. The *background* of a pixel is the mean over some centimetres of body around it, so that what is
+larger than that, such as a liver, is its own background, and what is smaller than the smoothing is lost. Noise of very
+low doses passes for hot and cold. Without attenuation correction the interior is too weak; that changes slowly, as the
 background does, but the rim of the body and the lungs come out hotter than they are: a ROI is the better guide there.
 """
 

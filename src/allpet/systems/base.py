@@ -20,6 +20,10 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
+class Unfit(ValueError):
+    """What was given cannot be used by this model; its text is one sentence, all that a user needs to see."""
+
+
 class CosineSystem(LightningModule, ABC):
     """A system trained with linear warm-up and a cosine decay to zero at the planned last step.
 

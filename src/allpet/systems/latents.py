@@ -9,7 +9,8 @@ from torch import nn
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
-from allpet.systems.base import CosineSystem
+from allpet.models.pixel_space import PixelSpace
+from allpet.systems.base import CosineSystem, Unfit
 
 
 class Aside:
@@ -19,7 +20,7 @@ class Aside:
         autoencoder: the frozen stage-1 network.
     """
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, autoencoder: Autoencoder | PixelSpace) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aside:
@@ -39,7 +40,7 @@ class LatentSystem(CosineSystem):
     _aside: Aside
 
     @property
-    def autoencoder(self) -> Autoencoder:
+    def autoencoder(self) -> Autoencoder | PixelSpace:
         """The frozen stage-1 network, on this module's device."""
         return self._aside.autoencoder.to(self.device)
 
@@ -59,7 +60,7 @@ class LatentSystem(CosineSystem):
         if geometry is None:
             return
         if self.geometry is not None and self.geometry != geometry:
-            raise ValueError(
+            raise Unfit(
                 f"Stage 1 was trained on {self.geometry}, the data are {geometry}: train stage 1 on these data first."
             )
         self.geometry = geometry
