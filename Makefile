@@ -1,6 +1,7 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24,
-# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune,
+# TASK=low_dose|attenuation|delayed|separation|conversion and PAIRS=500 for finetune, TASK, DATA and what RESTORE_ARGS
+# names for restore,
 # ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 # PIP_ARGS="..." is appended to pip's.
 
@@ -28,9 +29,13 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
+RESTORE_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) \
+	$(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
+	$(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT)))) \
+	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format train-vae train-ldm finetune sample validate-data benchmark gpu-check simulator-report clean
+.PHONY: help install demo test check format train-vae train-ldm finetune restore sample validate-data benchmark gpu-check simulator-report clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +78,12 @@ finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separ
 		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion)."; exit 1; }
 	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \
 		-c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
+
+restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= ROI= MODEL=)
+	@test -n "$(TASK)" -a -n "$(DATA)" || \
+		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
+	$(BIN)/allpet predict -c experiments/restore.yaml --model.folder "$(or $(MODEL),outputs/finetune/$(TASK))" \
+		--data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

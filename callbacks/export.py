@@ -17,6 +17,7 @@ _STAGES = {
     "AutoencoderSystem": "Stage 1 of ALL-PET: a KL autoencoder of PET sinograms.",
     "LatentDiffusion": "Stage 2 of ALL-PET: latent diffusion of PET sinograms, steered by tracer and region.",
     "LatentBridge": "A downstream task of ALL-PET: a diffusion bridge between latents of PET sinograms.",
+    "ConditionalDiffusion": "A downstream task of ALL-PET: latent diffusion conditioned on a given PET sinogram.",
 }
 # What a card tells of the data. It is shared: whatever else a data module has to say of a user's data stays out.
 _TOLD = (

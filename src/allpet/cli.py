@@ -1,7 +1,7 @@
 """The command line: ``allpet fit|validate|test|predict --config FILE ...``.
 
 One LightningCLI. Files merge from left to right and options come after them; ``${scale.batch_size}`` in any file refers
-to the merged whole. In ``fit`` the data are loaded and checked first; what they are decides which run is continued
+to the merged whole. In ``fit`` and ``predict`` the data are loaded and checked first; in ``fit``, what they are decides which run is continued
 (``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained folder read.
 
 Where a model takes a pretrained folder, the root of a stage, such as ``outputs/vae``, means its newest finished run:
@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from allpet import runs
 from allpet.precision import fast_precision
 from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, trim_metrics
-from allpet.systems.base import Diverged
+from allpet.systems.base import Diverged, Unfit
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
@@ -100,9 +100,9 @@ class AllpetCLI(LightningCLI):
         options = runs.RunOptions(**config.run)
         keep = options.root is not None and not config.trainer.fast_dev_run
         try:
-            data = self._load_data(config) if fit else None
-            weights = _resolve_pretrained(config, data.stage1_data_hash if data else None)  # type: ignore[attr-defined]
-            if keep and data:
+            data = self._load_data(config) if fit or self.subcommand == "predict" else None
+            weights = _resolve_pretrained(config, data.stage1_data_hash if fit else None)  # type: ignore[union-attr]
+            if keep and data and fit:
                 key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
                 self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
             elif keep and self.subcommand == "predict":
@@ -155,7 +155,7 @@ class AllpetCLI(LightningCLI):
             return
         try:
             super()._run_subcommand(subcommand)
-        except Diverged as error:
+        except (Diverged, Unfit) as error:
             raise SystemExit(f"allpet: {error}") from error
 
     def after_fit(self) -> None:
@@ -169,9 +169,9 @@ class AllpetCLI(LightningCLI):
             rank_zero_info(f"Run {self.run.folder} has finished.")
 
     def _load_data(self, config: Namespace) -> LightningDataModule:
-        data: LightningDataModule = self._parser("fit").instantiate_classes(Namespace(data=config.data)).data
+        data: LightningDataModule = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
         data.prepare_data()
-        data.setup("fit")
+        data.setup(self.subcommand)
         return data
 
     def _choose_run(self, config: Namespace, options: runs.RunOptions, key: str, data_hash: str) -> None:
