@@ -1,8 +1,9 @@
 """The command line: ``allpet fit|validate|test|predict --config FILE ...``.
 
 One LightningCLI. Files merge from left to right and options come after them; ``${scale.batch_size}`` in any file refers
-to the merged whole. In ``fit`` and ``predict`` the data are loaded and checked first; in ``fit``, what they are decides which run is continued
-(``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained folder read.
+to the merged whole. In ``fit`` and ``predict`` the data are loaded and checked first; in ``fit`` what they are decides
+which run is continued (``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained
+folder read.
 
 Where a model takes a pretrained folder, the root of a stage, such as ``outputs/vae``, means its newest finished run:
 for ``model.autoencoder`` in ``fit``, the newest that was trained on the same data.

@@ -72,7 +72,7 @@ class Identity:
 
 
 class GaussOracle(Identity):
-    """A Gaussian over bins and views whose widths give the highest mean PSNR against the truth of the set it is used on.
+    """A Gaussian over bins and views, of the widths that give a set the highest mean PSNR against its own truth.
 
     No honest method may know the truth; one that does not beat this has learned nothing worth having.
 
