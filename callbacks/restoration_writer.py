@@ -77,7 +77,7 @@ class RestorationWriter(Callback):
     ) -> None:
         """Take in a batch; write every file that is complete."""
         assert isinstance(pl_module, PairedSystem)
-        radon = Radon(pl_module.geometry)  # type: ignore[arg-type]
+        radon = Radon(pl_module.geometry)
         results = self._results(radon, outputs, batch)
         tracers = [TRACERS[i] for i in batch.condition.target_tracer.tolist()]
         for i, (name, _) in enumerate(batch.origin):

@@ -101,7 +101,8 @@ class SinogramsToRestore(LightningDataModule):
         self.layout, self.role, self.seed, self.batch_size = layout, role, seed, batch_size
         self.files: list[FoundFile] = []
         self.geometry: ParallelBeam | None = None
-        self.gain, self.roi = 1.0, None
+        self.gain = 1.0
+        self.roi: torch.Tensor | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Check and read the folder; where a model is known, bring values and region to what it knows.

@@ -172,7 +172,7 @@ class AllpetCLI(LightningCLI):
     def _load_data(self, config: Namespace) -> LightningDataModule:
         data: LightningDataModule = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
         data.prepare_data()
-        data.setup(self.subcommand)
+        data.setup(str(self.subcommand))
         return data
 
     def _choose_run(self, config: Namespace, options: runs.RunOptions, key: str, data_hash: str) -> None:
