@@ -54,7 +54,7 @@ class SinogramsToRestore(LightningDataModule):
         batch_size: slices restored at once.
 
     Raises:
-        ValueError: if an argument is impossible, or lacks what the task needs.
+        ValueError: if an argument is impossible.
     """
 
     def __init__(
@@ -80,22 +80,12 @@ class SinogramsToRestore(LightningDataModule):
         super().__init__()
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
-        if task == "low_dose" and dose is None:
-            raise ValueError("low_dose needs the share of the normal dose that the scans have, such as DOSE=0.05.")
-        if task == "delayed" and delay_min is None:
-            raise ValueError("delayed needs the minutes until the wanted scan, such as --data.delay_min 60.")
-        targets = tuple(target_tracers or ())
-        wanted = {"separation": 2, "conversion": 1}.get(task, 0)
-        if len(targets) != wanted:
-            given = f"{task} takes {wanted} target tracer(s), but got {len(targets)}"
-            raise ValueError(f"{given}: name the tracers wanted, such as --data.target_tracers '[FDG, PSMA]'.")
         if gain is not None and not 0 < gain < float("inf"):
             raise ValueError(f"gain is {gain}, but must be a positive number.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
-        self.prompt, self.task, self.targets = Prompt.of([(tracer, region)]).names()[0].split(":"), task, targets
-        self.dose, self.delay_min = (1.0 if dose is None else dose), delay_min or 0.0
-        Condition.of(task, [OPEN], [targets[0]] if targets else None, self.delay_min, self.dose)  # names and ranges
+        self.prompt = Prompt.of([(tracer, region)]).names()[0].split(":")
+        self.task, self.targets, self.dose, self.delay_min = task, tuple(target_tracers or ()), dose, delay_min
         self.folder, self.key, self.slices, self.full_turn = str(folder), key, slices, full_turn
         self.asked_gain, self.roi_file, self.roi_pixel_mm = gain, roi, roi_pixel_mm
         self.layout, self.role, self.seed, self.batch_size = layout, role, seed, batch_size
@@ -108,9 +98,10 @@ class SinogramsToRestore(LightningDataModule):
         """Check and read the folder; where a model is known, bring values and region to what it knows.
 
         Raises:
-            Unfit: if the folder, or the region, cannot be used.
+            Unfit: if the folder or the region cannot be used, or what the task needs was not said.
         """
         if not self.files:
+            self._check_task()
             self._read()
         system: Any = getattr(self.trainer, "lightning_module", None)
         if system is None or getattr(system, "geometry", None) is None:
@@ -163,12 +154,30 @@ class SinogramsToRestore(LightningDataModule):
             roi = self.roi[list(rows)] if len(self.roi) > 1 else self.roi.expand(len(rows), -1, -1, -1)
         return RestorationBatch(
             values * self.gain,
-            Condition.of(self.task, prompts, tracers, self.delay_min, self.dose),
+            Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, 1.0 if self.dose is None else self.dose),
             self.seed + torch.tensor(list(rows)),
             self.gain,
             roi,
             chosen,
         )
+
+    def _check_task(self) -> None:
+        """Refuse settings that lack what the task needs."""
+        if self.task == "low_dose" and self.dose is None:
+            raise Unfit("low_dose needs the share of the normal dose that the scans have: DOSE=0.05 (--data.dose).")
+        if self.task == "delayed" and self.delay_min is None:
+            raise Unfit("delayed needs the minutes until the wanted scan: DELAY=60 (--data.delay_min).")
+        wanted = {"separation": 2, "conversion": 1}.get(self.task, 0)
+        if len(self.targets) != wanted:
+            remedy = "name those: TARGETS=FDG,PSMA (--data.target_tracers)" if wanted else "leave them out"
+            raise Unfit(f"{self.task} takes {wanted} target tracer(s), but got {len(self.targets)}; {remedy}.")
+        tracers = list(self.targets) or None
+        try:  # names and ranges
+            prompts = [f"{OPEN}:{OPEN}"] * max(wanted, 1)
+            dose = 1.0 if self.dose is None else self.dose
+            Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, dose)
+        except ValueError as error:
+            raise Unfit(str(error)) from error
 
     def _read(self) -> None:
         report, files = inspect_folder(

@@ -171,6 +171,7 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         (folder, ["--data.roi", str(tmp_path / "masks.npy")], "holds 3 masks for the 5 slices"),
         (folder, ["--data.roi", str(tmp_path / "odd.npy")], "its mask has 9 x 9 pixels, the image 16 x 16"),
         (tmp_path / "wide", [], "holds 16 x 32 sinograms (views x bins), but the model was trained on 16 x 16"),
+        (folder, ["--data.dose", "null"], "low_dose needs the share of the normal dose that the scans have: DOSE=0.05"),
         (tmp_path / "empty", [], "cannot be used: it holds no .mat"),
         (tmp_path / "images", [], "holds images (a.h5), but models restore sinograms"),
     ]
@@ -189,6 +190,9 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         ({"task": "low_dose"}, "low_dose needs the share of the normal dose"),
         ({"task": "delayed"}, "delayed needs the minutes"),
         ({"task": "separation", "target_tracers": ["FDG"]}, r"separation takes 2 target tracer\(s\), but got 1"),
+        ({"task": "delayed", "delay_min": 60.0, "target_tracers": ["FDG"]}, "leave them out"),
+        ({"task": "low_dose", "dose": 20.0}, r"give a delay >= 0 and a dose in \(0, 1\]"),
+        ({"task": "conversion", "target_tracers": ["XYZ"]}, "Unknown tracer 'XYZ'"),
         ({"task": "attenuation", "gain": 0.0}, "gain is 0.0"),
         ({"task": "guess"}, "Unknown task 'guess'"),
         ({"task": "attenuation", "tracer": "XYZ"}, "Unknown tracer 'XYZ'"),
@@ -196,7 +200,7 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
 )
 def test_what_the_task_needs_is_asked_for(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        SinogramsToRestore("somewhere", **wrong)
+        SinogramsToRestore("somewhere", **wrong).setup()
 
 
 def test_pictures_show_areas_where_they_are():
