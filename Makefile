@@ -1,7 +1,8 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
-#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; baseline: NAME=gan|score|one_channel;
-#   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1; study: STUDY=few_shot|steps|compute|baselines;
+#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; restore: TASK, DATA and RESTORE_ARGS;
+#   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines;
+#   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
 #   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 #   PIP_ARGS="..." is appended to pip's.
 
@@ -36,6 +37,10 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
+RESTORE_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) \
+	$(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
+	$(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT)))) \
+	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
 # every target that is listed
@@ -92,6 +97,11 @@ ifeq ($(NAME),one_channel)
 else
 	$(call FIT,baselines/$(NAME))
 endif
+restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= ROI= MODEL=)
+	@test -n "$(TASK)" -a -n "$(DATA)" || \
+		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
+	$(BIN)/allpet predict -c experiments/restore.yaml --model.folder "$(or $(MODEL),outputs/finetune/$(TASK))" \
+		--data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

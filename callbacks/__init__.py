@@ -6,6 +6,7 @@ from callbacks.latent_statistics import LatentStatistics
 from callbacks.memory import PeakMemory
 from callbacks.panels import Panels
 from callbacks.progress import StepProgress
+from callbacks.restoration_writer import RestorationWriter
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.sample_writer import SampleWriter
 
@@ -15,6 +16,7 @@ __all__ = [
     "LatentStatistics",
     "Panels",
     "PeakMemory",
+    "RestorationWriter",
     "RunCheckpoint",
     "SampleWriter",
     "StepProgress",

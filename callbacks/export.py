@@ -19,6 +19,7 @@ _STAGES = {
     "LatentBridge": "A downstream task of ALL-PET: a diffusion bridge between latents of PET sinograms.",
     "SinogramGAN": "A baseline for ALL-PET: a GAN over PET sinograms, steered by tracer and region.",
     "ScoreModel": "A baseline for ALL-PET: score-based diffusion over PET sinograms, steered by tracer and region.",
+    "ConditionalDiffusion": "A downstream task of ALL-PET: latent diffusion conditioned on a given PET sinogram.",
 }
 # What a card tells of the data. It is shared: whatever else a data module has to say of a user's data stays out.
 _TOLD = (

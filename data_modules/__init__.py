@@ -9,6 +9,7 @@ _HOME = {
     "SimulatedPET": "simulated",
     "SinogramDataModule": "base",
     "SinogramFiles": "files",
+    "SinogramsToRestore": "restoration",
 }
 __all__ = sorted(_HOME)
 

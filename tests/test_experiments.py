@@ -10,8 +10,8 @@ import yaml
 
 import allpet
 from allpet.cli import main
+from allpet.conditions import LABEL_SIZE
 from allpet.simulation.tasks import TASKS
-from allpet.systems.latent_bridge import LABEL_SIZE
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
@@ -19,6 +19,15 @@ COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "
 COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
 COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/gpu24.yaml", "symmetries.yaml", "early_stopping.yaml"))]
 COMMANDS += [("predict", ("sample.yaml",))]
+METHODS = sorted(path.stem for path in (EXPERIMENTS / "finetune/methods").glob("*.yaml"))
+COMMANDS += [
+    (
+        "fit",
+        ("defaults.yaml", "finetune/bridge.yaml", "finetune/low_dose.yaml", scale, f"finetune/methods/{method}.yaml"),
+    )
+    for method in METHODS
+    for scale in SCALES
+]
 COMMANDS += [
     ("fit", ("defaults.yaml", "finetune/bridge.yaml", f"finetune/{task}.yaml", scale))
     for task in TASKS
@@ -32,6 +41,10 @@ COMMANDS += [
     for stage, overlay in (("vae", "one_channel"), ("ldm", "one_channel_ldm"))
     for scale in SCALES
 ]
+
+
+# What must be said of a folder of one's own, and has no sensible default.
+RESTORE = ("predict", ("restore.yaml",), ("--data.dose", "0.05"))
 
 
 def words(files: tuple[str, ...]) -> list[str]:
@@ -60,9 +73,16 @@ def test_every_experiment_parses(command, files, capsys):
     assert "${" not in yaml.safe_dump(config)
 
 
+def test_restoring_parses(capsys):
+    command, files, said = RESTORE
+    config = resolved(capsys, command, *words(files), *said)
+    assert config["data"]["init_args"]["dose"] == 0.05
+    assert config["model"]["class_path"] == "allpet.LatentBridge.from_pretrained"
+
+
 def test_every_file_is_in_an_experiment():
     found = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}
-    assert found == {file for _, files in COMMANDS for file in files}
+    assert found == {file for _, files in COMMANDS for file in files} | set(RESTORE[1])
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda path: path.name)
@@ -110,6 +130,22 @@ def test_a_bridge_fits_and_starts_from_its_stage_2(scale, capsys):
     shapes = [{name: tuple(value.shape) for name, value in network.state_dict().items()} for network in networks]
     differ = {name for name in shapes[0] if shapes[0][name] != shapes[1].get(name)}
     assert differ == {"label.weight"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_keep_network_and_budget_and_their_own_runs(method, capsys):
+    files = ("defaults.yaml", "finetune/bridge.yaml", "finetune/delayed.yaml", "scale/laptop.yaml")
+    ours = resolved(capsys, "fit", *words(files))
+    theirs = resolved(capsys, "fit", *words((*files, f"finetune/methods/{method}.yaml")))
+    assert theirs["run"]["root"] == f"outputs/finetune/delayed-{method.replace('_', '-')}"
+    assert theirs["data"] == ours["data"]
+    for name in ("max_steps", "callbacks"):
+        assert theirs["trainer"][name] == ours["trainer"][name]
+    mine, other = (config["model"]["init_args"] for config in (ours, theirs))
+    for name in ("optimizer", "learning_rate", "others_factor", "warmup_steps", "target", "seed"):
+        assert other[name] == mine[name]
+    for name in ("channels", "layers_per_block", "attention", "label_size"):
+        assert other["denoiser"]["init_args"][name] == mine["denoiser"]["init_args"][name]
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -24,9 +24,11 @@ from allpet import (
     RadonMaskAugmentation,
     SinogramBatch,
 )
+from allpet.conditions import LABEL_SIZE
 from allpet.diffusion.preconditioning import LARGEST_CORRELATION
 from allpet.metrics import relative_l2
-from allpet.systems.latent_bridge import LABEL_SIZE, start_from
+from allpet.systems.focus import Focus
+from allpet.systems.starting import start_from
 from data_modules import PairedTask, SimulatedPET
 
 GEOMETRY = ParallelBeam(16, 20, 21.6, 20, 21.6)
@@ -119,7 +121,7 @@ def test_untrained_it_is_the_linear_regression_of_each_channel(data, autoencoder
     wanted = x.mean(1)[:, None] + slope[:, None] * (y - y.mean(1, True))
     condition = Condition.of_pairs(batch)
     generators = [torch.Generator() for _ in range(16)]
-    got = system._sample(source, condition, generators, BridgeSampling(nfe=1), False)
+    got = system.draw(source, Focus(source), condition, generators, BridgeSampling(nfe=1))
     torch.testing.assert_close(got.transpose(0, 1).flatten(1).double(), wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -226,7 +228,7 @@ def test_what_does_not_fit_is_refused(autoencoder):
     small = {"channels": (8, 8), "attention": (False, False)}
     with pytest.raises(ValueError, match="must be 'noisy' or 'expected'"):
         bridge(autoencoder, target="clean")
-    with pytest.raises(ValueError, match=f"a bridge over this autoencoder needs 4, 4 and {LABEL_SIZE}"):
+    with pytest.raises(ValueError, match=f"a LatentBridge over this autoencoder needs 4, 4 and {LABEL_SIZE}"):
         LatentBridge(autoencoder, Denoiser(**small))
     with pytest.raises(ValueError, match="give it stage 2's channels, blocks and patch"):
         start_from(bridge(autoencoder).denoiser, Denoiser(**small))

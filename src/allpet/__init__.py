@@ -14,6 +14,8 @@ _EXPORTS = {
     "projector": ["Radon"],
     "reconstruction": ["fbp", "mlem", "osem"],
     "augmentation": ["SYMMETRY_LABEL_SIZE", "MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
+    "attention": ["TransparentMedicalAttention"],
+    "regions": ["roi_box", "roi_from_file", "roi_from_labels"],
     "batches": ["PromptBatch", "SinogramBatch"],
     "prompts": ["Prompt"],
     "scaling": ["Scaling"],
@@ -32,7 +34,12 @@ _EXPORTS = {
     "systems.baselines.resampling": ["ResampledSlices"],
     "systems.baselines.score": ["ScoreModel", "ScoreSampling"],
     "systems.baselines.vae_prior": ["VAEPrior"],
-    "systems.latent_bridge": ["BridgeSampling", "Condition", "LatentBridge"],
+    "conditions": ["Condition", "RestorationBatch"],
+    "models.pixel_space": ["PixelSpace"],
+    "systems.focus": ["AttentionUse"],
+    "systems.paired": ["Restored"],
+    "systems.latent_bridge": ["BridgeSampling", "LatentBridge"],
+    "systems.conditional_diffusion": ["ConditionalDiffusion", "ConditionalSampling"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = sorted(_HOME)

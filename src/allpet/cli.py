@@ -1,8 +1,9 @@
 """The command line: ``allpet fit|validate|test|predict --config FILE ...``.
 
 One LightningCLI. Files merge from left to right and options come after them; ``${scale.batch_size}`` in any file refers
-to the merged whole. In ``fit`` the data are loaded and checked first; what they are decides which run is continued
-(``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained folder read.
+to the merged whole. In ``fit`` and ``predict`` the data are loaded and checked first; in ``fit`` what they are decides
+which run is continued (``allpet.runs``) and which weights it builds on; only then is a checkpoint or a pretrained
+folder read.
 
 Where a model takes a pretrained folder, the root of a stage, such as ``outputs/vae``, means its newest finished run:
 for ``model.autoencoder`` in ``fit``, the newest that was trained on the same data.
@@ -114,11 +115,11 @@ class AllpetCLI(LightningCLI):
         try:
             if fit:
                 self._check_memory(config, options)
-            data = self._load_data(config) if fit else None
-            if data and geometry_of(config) is None:
+            data = self._load_data(config) if fit or self.subcommand == "predict" else None
+            if fit and data and geometry_of(config) is None:
                 self._check_memory(config, options, data.geometry)  # type: ignore[attr-defined]
-            weights = _resolve_pretrained(config, data.stage1_data_hash if data else None)  # type: ignore[attr-defined]
-            if keep and data:
+            weights = _resolve_pretrained(config, data.stage1_data_hash if fit else None)  # type: ignore[union-attr]
+            if keep and data and fit:
                 key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
                 self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
             elif keep and self.subcommand == "predict":
@@ -214,9 +215,9 @@ class AllpetCLI(LightningCLI):
         rank_zero_info(f"Estimated peak memory: {found.peak / GB:.2f} GB of {budget:g} GB.")
 
     def _load_data(self, config: Namespace) -> LightningDataModule:
-        data: LightningDataModule = self._parser("fit").instantiate_classes(Namespace(data=config.data)).data
+        data: LightningDataModule = self._parser(self.subcommand).instantiate_classes(Namespace(data=config.data)).data
         data.prepare_data()
-        data.setup("fit")
+        data.setup(str(self.subcommand))
         return data
 
     def _choose_run(self, config: Namespace, options: runs.RunOptions, key: str, data_hash: str) -> None:

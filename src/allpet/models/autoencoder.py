@@ -220,6 +220,17 @@ class Autoencoder(nn.Module):
             latent * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean), shape
         )
 
+    def pool(self, sinogram: Tensor) -> Tensor:
+        """Average something per bin over what each position of the latent stands for.
+
+        Args:
+            sinogram: ``(batch, channel, views, bins)``; it continues over the seam as sinograms do.
+
+        Returns:
+            ``(batch, channel, rows, columns)`` of the latent.
+        """
+        return F.avg_pool2d(self._fill(sinogram), self.factor)
+
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the mean and standard deviation of raw latents per channel, each ``(latent_channels,)``.
 

@@ -9,6 +9,7 @@ from torch import nn
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
+from allpet.models.pixel_space import PixelSpace
 from allpet.systems.base import CosineSystem
 
 
@@ -19,7 +20,7 @@ class Aside:
         autoencoder: the frozen stage-1 network.
     """
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, autoencoder: Autoencoder | PixelSpace) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Aside:
@@ -39,7 +40,7 @@ class LatentSystem(CosineSystem):
     _aside: Aside
 
     @property
-    def autoencoder(self) -> Autoencoder:
+    def autoencoder(self) -> Autoencoder | PixelSpace:
         """The frozen stage-1 network, on this module's device."""
         network = self._aside.autoencoder
         return network if network.latent_mean.device == self.device else network.to(self.device)

@@ -1,0 +1,238 @@
+"""Restoration writer: what a downstream task makes of a user's sinograms, to disk, with pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+import allpet
+from allpet import Radon, fbp
+from allpet.conditions import RestorationBatch
+from allpet.io import Scan, write_scan
+from allpet.metrics import standard_image
+from allpet.prompts import TRACERS
+from allpet.simulation.tasks import TASKS
+from allpet.systems.paired import PairedSystem, Restored
+from callbacks.attention_overlay import attention_overlay, tinted_areas, tinted_sinogram
+from callbacks.figures import Tile, draw_grid, save_figure, top
+
+
+class RestorationWriter(Callback):
+    """Write what ``allpet predict`` restores, one HDF5 file for each file that was read, under the same names.
+
+    In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
+    one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
+    both domains, ``attention.png`` where the model attends. The files keep what their inputs say (table, geometry,
+    units, provenance), say that a model has processed them, and can be read and exported as any other
+    (``allpet-data export``). Of two targets, those of a slice follow one another; the column ``target`` tells them
+    apart.
+
+    Args:
+        image: how images are reconstructed: "osem", as all are compared (``metrics.standard_image``), or "fbp". Their
+            deviation is that of the samples' FBP.
+        n_gallery: slices in the pictures.
+    """
+
+    def __init__(self, image: Literal["osem", "fbp"] = "osem", n_gallery: int = 8) -> None:
+        if image not in ("osem", "fbp"):
+            raise ValueError(f"image is {image!r}, but must be 'osem' or 'fbp'.")
+        if n_gallery < 1:
+            raise ValueError(f"n_gallery is {n_gallery}, but must be at least 1.")
+        self.image, self.n_gallery = image, n_gallery
+        self._rows: dict[str, list[Tensor]] = {}
+        self._name: str | None = None
+        self._shown: list[tuple[str, dict[str, Tensor], Tensor | None]] = []
+        self._count = 0
+        self._done: dict[str, str] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            TypeError: if the system restores nothing.
+            RuntimeError: if several processes would share the files.
+        """
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, PairedSystem):
+            raise TypeError(f"{type(pl_module).__name__} restores nothing: name the folder of a downstream task.")
+        if trainer.world_size > 1:
+            raise RuntimeError("Restored files are written by one process: use --trainer.devices 1.")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Restored,
+        batch: RestorationBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in a batch; write every file that is complete."""
+        assert isinstance(pl_module, PairedSystem)
+        radon = Radon(pl_module.geometry)
+        results = self._results(radon, outputs, batch)
+        tracers = [TRACERS[i] for i in batch.condition.target_tracer.tolist()]
+        for i, (name, _) in enumerate(batch.origin):
+            if name != self._name:
+                self._write(trainer, pl_module, batch)
+                self._name, self._targets = name, []
+            for part, values in results.items():
+                self._rows.setdefault(part, []).append(values[i])
+            self._targets += tracers[i * batch.n_targets : (i + 1) * batch.n_targets]
+            if len(self._shown) < self.n_gallery:
+                self._show(pl_module, radon, results, batch, i)
+        self._count += len(batch.origin)
+        self._last = batch
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last file, draw the pictures, and say where they are."""
+        if self._name is None:
+            return
+        assert isinstance(pl_module, PairedSystem)
+        self._write(trainer, pl_module, self._last)
+        folder = Path(trainer.default_root_dir)
+        save_figure(restoration_gallery(self._shown), folder / "gallery.png")
+        pictures = ["gallery.png"]
+        if pl_module.attention is not None:
+            sinograms = torch.stack([parts["input"] for _, parts, _ in self._shown])
+            rois = [roi for _, _, roi in self._shown if roi is not None]
+            drawn = attention_overlay(
+                pl_module.attention,
+                sinograms,
+                torch.stack(rois) if rois else None,
+                pl_module.sampling.attention_strength,
+                [title for title, _, _ in self._shown],
+            )
+            save_figure(drawn, folder / "attention.png")
+            pictures.append("attention.png")
+        print(f"Wrote {self._count} restored slice(s) of {len(self._done)} file(s), {', '.join(pictures)} to {folder}")
+
+    def _results(self, radon: Radon, restored: Restored, batch: RestorationBatch) -> dict[str, Tensor]:
+        """Return what is written, each ``(batch, targets, a, b)``, in the user's units."""
+        mean, std, samples = (values.float() / batch.gain for values in restored)
+        parts = {"sinograms": mean, "images": self._reconstruct(radon, mean)}
+        if len(samples) > 1:
+            images = torch.stack([_each(lambda x: fbp(radon, x), sample) for sample in samples])
+            parts |= {"sinograms_std": std, "images_std": images.std(0)}
+        return {name: values.cpu() for name, values in parts.items()}
+
+    def _reconstruct(self, radon: Radon, sinogram: Tensor) -> Tensor:
+        if self.image == "fbp":
+            return _each(lambda x: fbp(radon, x), sinogram)
+        return _each(lambda x: standard_image(radon, x), sinogram)
+
+    def _show(
+        self, system: PairedSystem, radon: Radon, results: dict[str, Tensor], batch: RestorationBatch, i: int
+    ) -> None:
+        """Remember a slice for the pictures."""
+        given = batch.input[i].float() / batch.gain
+        name, number = batch.origin[i]
+        parts = {part: values[i] for part, values in results.items()}
+        parts |= {"input": given.cpu(), "input image": self._reconstruct(radon, given[None])[0].cpu()}
+        roi = None if batch.roi is None else batch.roi[i].cpu()
+        if system.attention is not None:
+            quick = system.attention.quick_image(given[None])[0, 0]
+            areas = system.attention.areas(given[None], None if roi is None else roi[None])
+            attended = system.attention.attend(areas, system.sampling.attention_strength)[0, 0]
+            parts["image attended"] = tinted_areas(quick.cpu(), areas, 0)
+            parts["sinogram attended"] = tinted_sinogram(given[0].cpu(), attended.cpu())
+        self._shown.append((f"{name}\nslice {number}", parts, roi))
+
+    def _write(self, trainer: Trainer, system: PairedSystem, batch: RestorationBatch) -> None:
+        """Write the file whose slices have all been restored."""
+        if self._name is None:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        source: Scan = data.source(self._name)
+        k = len(self._targets) // len(source.values)
+        table = {name: [entry for entry in column for _ in range(k)] for name, column in source.table.items()}
+        if k > 1 or TASKS[int(batch.condition.task[0])] == "conversion":
+            table["target"] = self._targets
+        place = self._place(self._name)
+        for part, values in self._rows.items():
+            mean = not part.endswith("_std")
+            what = "mean" if mean else "standard deviation"
+            provenance = {
+                "input": self._name,
+                "input_provenance": dict(source.provenance),
+                "input_state": list(source.state),
+                "processed_by_model": True,
+                "synthetic": True,
+                "model": type(system).__name__,
+                "task": TASKS[int(batch.condition.task[0])],
+                "sampling": repr(system.sampling),
+                "content": f"{what} over {system.sampling.samples} sample(s)",
+                "region_of_interest": batch.roi is not None,
+                "software": f"allpet {allpet.__version__}",
+            }
+            scan = replace(
+                source,
+                values=torch.cat(values).numpy().astype(np.float32),
+                kind="sinogram" if part.startswith("sinograms") else "image",
+                geometry=system.geometry if part.startswith("sinograms") else None,
+                pixel_mm=None if part.startswith("sinograms") or system.geometry is None else system.geometry.pixel_mm,
+                units=source.units if part.startswith("sinograms") else f"{source.units or 'input units'} / mm",
+                state=_state(source, TASKS[int(batch.condition.task[0])]),
+                table=table,
+                provenance=json.loads(json.dumps(provenance, default=str)),
+                notes=(),
+            )
+            write_scan(Path(trainer.default_root_dir) / part / place, scan)
+        self._rows, self._name = {}, None
+
+    def _place(self, name: str) -> PurePosixPath:
+        """Return where the results of a file lie: under its name, ending in .h5; whole where two would be one."""
+        path = PurePosixPath(name)
+        short = path.with_suffix(".h5")
+        place = short if self._done.get(str(short), name) == name else path.with_name(f"{path.name}.h5")
+        self._done[str(place)] = name
+        return place
+
+
+def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]]) -> Any:
+    """Draw slices: input, results and their deviations, above in the sinogram, below in the image.
+
+    Args:
+        shown: title, parts (``input``, ``sinograms`` ``(targets, views, bins)``, ``sinograms_std``, ``input image``,
+            ``images``, ``images_std``, and of a model that attends ``sinogram attended`` and ``image attended`` with
+            three colours last), region.
+
+    Returns:
+        a matplotlib figure.
+    """
+    rows: list[list[Tile]] = []
+    labels: list[str] = []
+    for title, parts, _ in shown:
+        for domain, given, result in (("sinogram", "input", "sinograms"), ("image", "input image", "images")):
+            high = top(parts[result])
+            row = [Tile(parts[given][0], (0, top(parts[given])), f"input, to {top(parts[given]):.3g}")]
+            row += [Tile(one, (0, high), f"result, to {high:.3g}") for one in parts[result]]
+            deviations = parts.get(f"{result}_std")
+            if deviations is not None:
+                widest = top(deviations)
+                row += [Tile(one, (0, widest), f"standard deviation, to {widest:.3g}") for one in deviations]
+            if f"{domain} attended" in parts:
+                row.append(Tile(parts[f"{domain} attended"], (0, 1), "attended to"))
+            rows.append(row)
+            labels.append(f"{title}\n{domain}")
+    return draw_grid(rows, labels, "processed by a model: not for diagnosis", tile_inches=1.6)
+
+
+def _each(reconstruct: Any, sinograms: Tensor) -> Tensor:
+    """Reconstruct ``(batch, targets, views, bins)``."""
+    return reconstruct(sinograms.flatten(0, 1)[:, None])[:, 0].unflatten(0, sinograms.shape[:2])
+
+
+def _state(source: Scan, task: str) -> tuple[str, ...]:
+    """Return the corrections of a result: those of its input, without what a model ends, and what it adds."""
+    added = {"attenuation": ("scatter_corrected", "attenuation_corrected")}.get(task, ())
+    kept = [name for name in source.state if name != "prompts"]  # no longer counts
+    return tuple(dict.fromkeys([*kept, *added, "synthetic"]))

@@ -1,0 +1,456 @@
+"""What systems have in common that turn the latent of a given sinogram into that of a wanted one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from allpet.attention import TransparentMedicalAttention
+from allpet.batches import unmasked_stack
+from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
+from allpet.diffusion.preconditioning import measure_pairs
+from allpet.geometry import ParallelBeam
+from allpet.metrics import psnr, relative_l2
+from allpet.models.autoencoder import Autoencoder
+from allpet.models.denoiser import Denoiser
+from allpet.models.pixel_space import PixelSpace
+from allpet.pretrained import building, load_pretrained, save_pretrained
+from allpet.projector import Radon
+from allpet.randomness import keyed_generator
+from allpet.simulation.tasks import PairedBatch
+from allpet.systems.base import OptimizerName
+from allpet.systems.focus import AttentionUse, Focus
+from allpet.systems.latents import Aside, LatentSystem
+from allpet.systems.starting import load_stages, start_from
+
+_MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
+Self = TypeVar("Self", bound="PairedSystem")
+
+
+class Restored(NamedTuple):
+    """What came out, in the data set's units.
+
+    Attributes:
+        mean: over the samples, ``(batch, targets, views, bins)``.
+        std: standard deviation over the samples, the same shape; zeros for one sample.
+        samples: ``(samples, batch, targets, views, bins)``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    samples: Tensor
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Restored:
+        """Mean and standard deviation of ``(samples, batch, targets, views, bins)``."""
+        return cls(samples.mean(0), samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0]), samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSampling:
+    """How to sample, whatever the system.
+
+    Args:
+        nfe: network calls per sample.
+        samples: how many to draw for each input; their mean and standard deviation are returned.
+        batch_size: latents per network call.
+        attention_strength: how strongly a model that attends does so, see ``TransparentMedicalAttention``.
+    """
+
+    nfe: int = 5
+    samples: int = 1
+    batch_size: int = 64
+    attention_strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if not 0 <= self.attention_strength < float("inf"):
+            raise ValueError(f"attention_strength is {self.attention_strength}, but must be finite and not negative.")
+
+
+class PairedSystem(LatentSystem):
+    """Learn to turn given sinograms into wanted ones, in the latents of a frozen stage 1 or as they are.
+
+    The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
+    of the targets, as without attenuation correction, are brought to it by one number for the data set. That number and
+    the moments of the latents are measured when training starts.
+
+    Args:
+        autoencoder: the trained stage-1 network, or a folder that holds it, of stage 1 or 2; or ``PixelSpace``.
+        denoiser: the network to train, with as many condition as latent channels (one more where attention is a
+            channel) and ``label_size`` LABEL_SIZE.
+        initialise: whether to start from the denoiser in the folder of a stage 2.
+        keep_output: whether its last layer is kept, too; else it starts at zero.
+        target: "noisy" or "expected".
+        loss: "l2" or "l1".
+        attention: what is made of attention; None for nothing.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decoupled weight decay.
+        optimizer: see ``CosineSystem``.
+        others_factor: see ``CosineSystem``.
+        sampling: how ``restore``, ``test`` and ``predict`` draw.
+        seed: keys training times and noise.
+
+    Raises:
+        ValueError: if networks or folder do not fit.
+    """
+
+    moments: Tensor
+    input_ratio: Tensor
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder | PixelSpace | str,
+        denoiser: Denoiser,
+        initialise: bool,
+        keep_output: bool,
+        target: Literal["noisy", "expected"],
+        loss: Literal["l2", "l1"],
+        attention: AttentionUse | None,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        optimizer: OptimizerName,
+        others_factor: float,
+        sampling: PairedSampling,
+        seed: int,
+    ) -> None:
+        super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
+        for name, given, known in (("target", target, ("noisy", "expected")), ("loss", loss, ("l2", "l1"))):
+            if given not in known:
+                raise ValueError(f"{name} is {given!r}, but must be {known[0]!r} or {known[1]!r}.")
+        self.geometry = None
+        trained: Denoiser | None = None
+        if isinstance(autoencoder, (str, Path)):
+            autoencoder, self.geometry, trained = load_stages(Path(autoencoder))
+        channels = autoencoder.latent_channels
+        extra = attention is not None and "channel" in attention.uses
+        found = (denoiser.latent_channels, denoiser.condition_channels, denoiser.config["label_size"])
+        if found != (channels, channels + extra, LABEL_SIZE):
+            raise ValueError(
+                f"The denoiser has {found[0]} latent and {found[1]} condition channels and label_size {found[2]}; "
+                f"a {type(self).__name__} over this autoencoder{', with attention as a channel,' if extra else ''} "
+                f"needs {channels}, {channels + extra} and {LABEL_SIZE}."
+            )
+        if initialise and trained is not None:
+            start_from(denoiser, trained, keep_output)
+        self._aside = Aside(autoencoder)
+        self.denoiser, self.target, self.loss, self.seed = denoiser, target, loss, seed
+        self.sampling, self.attention_use = sampling, attention
+        self._attention: TransparentMedicalAttention | None = None
+        unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+        self.register_buffer("moments", unit[:, None].repeat(1, channels))
+        self.register_buffer("input_ratio", torch.ones(()))
+
+    @property
+    def attention(self) -> TransparentMedicalAttention | None:
+        """The attention on the training geometry; None for a system that does not attend.
+
+        Raises:
+            RuntimeError: if the geometry is not known yet.
+        """
+        if self.attention_use is None:
+            return None
+        if self.geometry is None:
+            raise RuntimeError(
+                "The geometry is unknown, without which nothing can be attended to: train on data first."
+            )
+        if self._attention is None or self._attention.radon.geometry != self.geometry:
+            self._attention = self.attention_use.areas(Radon(self.geometry))
+        return self._attention
+
+    @abstractmethod
+    def errors(
+        self,
+        target: Tensor,
+        source: Tensor,
+        focus: Focus,
+        condition: Condition,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Return prediction - truth of what the network is trained towards, at times and noise of the generators.
+
+        Args:
+            target: latents, ``(batch, channels, rows, columns)``.
+            source: latents of the inputs.
+            focus: what the network is conditioned on.
+            condition: one entry per latent.
+            generators: one per latent.
+        """
+
+    @abstractmethod
+    def draw(
+        self,
+        source: Tensor,
+        focus: Focus,
+        condition: Condition,
+        generators: Sequence[torch.Generator],
+        sampling: Any,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw target latents for source latents; arguments as of ``errors``, sampling the system's own."""
+
+    @abstractmethod
+    def quick_sampling(self) -> PairedSampling:
+        """Return how validation draws: by few calls."""
+
+    def setup(self, stage: str) -> None:
+        """Take the geometry from the data module.
+
+        Raises:
+            ValueError: if its slices are no pairs, or stage 1 was trained on another geometry.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and stage != "predict" and not isinstance(data.train_set[[0]], PairedBatch):
+            raise ValueError(f"{type(data).__name__} gives no pairs to learn from: use --data data_modules.PairedTask.")
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        pairs, size = data.train_set, self.sampling.batch_size
+        if isinstance(self.autoencoder, PixelSpace):
+            self.autoencoder.scaling.set_scale(data.scale)
+        views, bins = pairs[[0]].input.shape[-2:]
+        channels, rows, columns = self.autoencoder.latent_shape(views, bins)
+        count = min(len(pairs), _MEASURED, max(_MEASURED_VALUES // (channels * rows * columns), 1))
+        pieces = [list(range(count))[start : start + size] for start in range(0, count, size)]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for piece in pieces:
+            batch = pairs[piece]
+            wanted = self._targets(batch)  # of two tracers the input is the sum
+            sums += torch.stack([batch.input.double().sum(), wanted.double().sum()]).cpu()
+        self.input_ratio.fill_(float(sums[0] / sums[1]))
+        latents = []
+        for piece in tqdm(pieces, desc="Measuring the pairs' latents", leave=False):
+            batch = move_data_to_device(pairs[piece], self.device)
+            with self.trainer.precision_plugin.forward_context():
+                latents.append([values.cpu() for values in self._latents(batch)])
+        target, source = (torch.cat(parts) for parts in zip(*latents, strict=True))
+        self.moments.copy_(torch.stack(list(measure_pairs(target, source))))
+
+    def training_step(self, batch: PairedBatch, batch_idx: int) -> Tensor:
+        """Mean error of what the network is trained towards, at keyed times and noise."""
+        loss = self._loss(batch, (self.seed, self.current_epoch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input))
+        return loss
+
+    def validation_step(self, batch: PairedBatch, batch_idx: int) -> None:
+        """Log the same error at fixed times, and the error of a quick result against the expected target."""
+        size = len(batch.input)
+        self.log("val/loss", self._loss(batch, ("validation",)), prog_bar=True, batch_size=size, sync_dist=True)
+        self._log_errors("val", batch, self.quick_sampling())
+
+    def test_step(self, batch: PairedBatch, batch_idx: int) -> None:
+        """Log the errors of the result, and of the input at the targets' scale, against the expected target."""
+        self._log_errors("test", batch, self.sampling)
+
+    def predict_step(self, batch: PairedBatch | RestorationBatch, batch_idx: int) -> Restored:
+        """Restore a batch; sample i of a slice depends on its identity and i alone."""
+        if isinstance(batch, RestorationBatch):
+            seeds = batch.seed.tolist()
+            return self.restore(batch.input, batch.condition, seeds, None, batch.n_targets, roi=batch.roi)
+        return self._restore_pairs(batch, self.sampling)
+
+    @torch.no_grad()
+    def restore(
+        self,
+        given: Tensor,
+        condition: Condition,
+        seeds: Sequence[int],
+        sampling: Any = None,
+        n_targets: int = 1,
+        progress: bool = False,
+        roi: Tensor | None = None,
+        attention_strength: float | None = None,
+    ) -> Restored:
+        """Turn given sinograms into wanted ones.
+
+        Args:
+            given: ``(batch, 1, views, bins)`` in the data set's units.
+            condition: one entry per target: ``batch * n_targets``, those of an input one after another.
+            seeds: one per input; equal seeds and inputs give equal results whatever the batch.
+            sampling: how to; None takes the system's own.
+            n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the input.
+            progress: whether to show a progress bar.
+            roi: where a clinician wants the model to look, ``(batch or 1, 1, rows, columns)``, bool.
+            attention_strength: how strongly; None for the sampling's.
+
+        Raises:
+            ValueError: if the shapes do not fit, or a ROI is given to a model that cannot heed it.
+        """
+        sampling = sampling or self.sampling
+        shape = (given.shape[-2], given.shape[-1])
+        self._check(given, shape, condition, seeds, n_targets, roi)
+        strength = sampling.attention_strength if attention_strength is None else attention_strength
+        condition = move_data_to_device(condition, self.device)
+        scaled = given.to(self.device) / self.input_ratio
+        source = self._encode(scaled)
+        focus = self.focus(scaled, source, strength, roi).repeat(n_targets)
+        source = source.repeat_interleave(n_targets, 0)
+        results = []
+        for draw in range(sampling.samples):
+            keys = [(seed, draw, k) for seed in seeds for k in range(n_targets)]
+            pieces = []
+            for start in range(0, len(source), sampling.batch_size):
+                rows = slice(start, start + sampling.batch_size)
+                generators = [keyed_generator(*key, "restore") for key in keys[rows]]
+                part = source[rows], focus.part(rows), condition.part(rows)
+                pieces.append(self.draw(*part, generators, sampling, progress))
+            full = self._decode(torch.cat(pieces), shape).unflatten(0, (len(given), n_targets)).squeeze(2)
+            if n_targets > 1:
+                mix = self._decode(source[::n_targets], shape) * self.input_ratio
+                full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
+            results.append(full)
+        return Restored.of(torch.stack(results))
+
+    def focus(self, given: Tensor, source: Tensor, strength: Tensor | float, roi: Tensor | None = None) -> Focus:
+        """Return what the network is conditioned on.
+
+        Args:
+            given: inputs at the targets' scale, ``(batch, 1, views, bins)``.
+            source: their latents.
+            strength: of the attention, a number or ``(batch,)``.
+            roi: see ``restore``.
+        """
+        if self.attention_use is None or self.attention is None:
+            return Focus(source)
+        uses = self.attention_use.uses
+        attended = self.attention(given, roi, strength)
+        if "gain" in uses:
+            source = self._encode(given * attended)
+        pooled = self.autoencoder.pool(attended - 1)
+        weight = (1 + pooled) / (1 + pooled).mean((1, 2, 3), keepdim=True)
+        return Focus(source, pooled if "channel" in uses else None, weight if "loss" in uses else None)
+
+    def exported(self) -> dict[str, Any]:
+        """Return what ``config.json`` says beyond networks and attention, JSON-able."""
+        return {}
+
+    @classmethod
+    def exported_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the constructor's arguments that ``exported`` has written."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write config.json, model.safetensors (autoencoder, denoiser, moments) and README.md, the folder to share."""
+        use = self.attention_use
+        attention = None if use is None or self.attention is None else self.attention.config
+        config = {
+            "class": type(self).__name__,
+            "geometry": None if self.geometry is None else self.geometry.to_dict(),
+            "space": "pixels" if isinstance(self.autoencoder, PixelSpace) else "latents",
+            "autoencoder": self.autoencoder.config,
+            "denoiser": self.denoiser.config,
+            "attention": use and {"uses": use.uses, "strengths": use.strengths, "areas": attention},
+            **self.exported(),
+        }
+        weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
+        weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
+        save_pretrained(
+            folder, config, {**weights, "moments": self.moments, "input_ratio": self.input_ratio.clone()}, card
+        )
+
+    @classmethod
+    def _load(cls: type[Self], folder: str | Path, sampling: PairedSampling) -> Self:
+        config, weights = load_pretrained(folder, cls.__name__)
+        with building(folder):
+            in_pixels = config.get("space") == "pixels"
+            autoencoder = PixelSpace() if in_pixels else Autoencoder(**config["autoencoder"])
+            denoiser, attention = Denoiser(**config["denoiser"]), config.get("attention")
+            for name, network in (("autoencoder.", autoencoder), ("denoiser.", denoiser)):
+                network.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            if attention:
+                areas = partial(TransparentMedicalAttention, **attention["areas"])
+                attention = AttentionUse(tuple(attention["uses"]), tuple(attention["strengths"]), areas)
+            arguments = {"attention": attention, "sampling": sampling, **cls.exported_arguments(config)}
+            system: Self = cls(autoencoder, denoiser, **arguments)
+            system.moments.copy_(weights["moments"])
+            system.input_ratio.copy_(weights["input_ratio"])
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        return system.eval()
+
+    def _check(
+        self,
+        given: Tensor,
+        shape: tuple[int, int],
+        condition: Condition,
+        seeds: Sequence[int],
+        n_targets: int,
+        roi: Tensor | None,
+    ) -> None:
+        if self.geometry is not None and shape != self.geometry.sinogram_shape:
+            wanted = " x ".join(map(str, self.geometry.sinogram_shape))
+            raise ValueError(f"The sinograms are {shape[0]} x {shape[1]}; the model was trained on {wanted}.")
+        if len(condition.task) != len(given) * n_targets or len(seeds) != len(given):
+            raise ValueError(
+                f"There are {len(given)} sinograms of {n_targets} target(s), {len(condition.task)} conditions and "
+                f"{len(seeds)} seeds: give one condition per target and one seed per sinogram."
+            )
+        if roi is not None and (self.attention_use is None or set(self.attention_use.uses) == {"loss"}):
+            raise ValueError(
+                "This model cannot heed a region of interest: leave it out, or train one that attends by gain or "
+                "channel (experiments/finetune/methods/attention.yaml)."
+            )
+
+    def _restore_pairs(self, batch: PairedBatch, sampling: PairedSampling) -> Restored:
+        n_targets = batch.expected.shape[1]
+        return self.restore(batch.input, Condition.of_pairs(batch), batch.sample_id.tolist(), sampling, n_targets)
+
+    def _loss(self, batch: PairedBatch, run: tuple[Any, ...]) -> Tensor:
+        n_targets, ids = batch.expected.shape[1], batch.sample_id.tolist()
+        target, source = self._latents(batch)
+        generators = [keyed_generator(*run, i, k, "bridge") for i in ids for k in range(n_targets)]
+        given = batch.input / self.input_ratio
+        focus = self.focus(given, source[::n_targets], self._strengths(run, ids)).repeat(n_targets)
+        difference = self.errors(target, source, focus, Condition.of_pairs(batch), generators)
+        error = difference.square() if self.loss == "l2" else difference.abs()
+        return (error if focus.weight is None else focus.weight * error).mean()
+
+    def _strengths(self, run: tuple[Any, ...], ids: Sequence[int]) -> Tensor:
+        """Draw the attention's strength for each slice, ``(batch,)``, by its identity."""
+        low, high = (1.0, 1.0) if self.attention_use is None else self.attention_use.strengths
+        draws = [torch.rand((), generator=keyed_generator(*run, i, "attention")) for i in ids]
+        return low + (high - low) * torch.stack(draws).to(self.device)
+
+    def _log_errors(self, stage: str, batch: PairedBatch, sampling: PairedSampling) -> None:
+        restored = self._restore_pairs(batch, sampling).mean
+        given = batch.input.expand_as(restored) / self.input_ratio
+        for name, result in (("", restored), ("_input", given)):
+            ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
+            shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
+            if shown.any():
+                for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
+                    value, size = metric(ours[shown], truth[shown]).mean(), int(shown.sum())
+                    self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
+
+    def _targets(self, batch: PairedBatch) -> Tensor:
+        return batch.noisy if self.target == "noisy" else batch.expected
+
+    @torch.no_grad()
+    def _latents(self, batch: PairedBatch) -> tuple[Tensor, Tensor]:
+        """Latents of targets and sources, both ``(batch * targets, channels, rows, columns)``."""
+        targets = self._targets(batch)
+        target = self._encode(targets.flatten(0, 1)[:, None])
+        return target, self._encode(batch.input / self.input_ratio).repeat_interleave(targets.shape[1], 0)
+
+    @torch.no_grad()
+    def _encode(self, sinogram: Tensor) -> Tensor:
+        return self.autoencoder.encode_mean(self.autoencoder.scaling(unmasked_stack(sinogram))).float()
+
+    @torch.no_grad()
+    def _decode(self, latent: Tensor, shape: tuple[int, int]) -> Tensor:
+        return self.autoencoder.scaling.inverse(self.autoencoder.decode(latent, shape).full)

@@ -1,0 +1,356 @@
+"""Downstream methods beside the bridge, and attention in all of them: one face, one budget, nothing hidden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from tiny_pairs import TinyPairs
+from tiny_pet import GEOMETRY
+from torch import Tensor
+
+from allpet import (
+    AttentionUse,
+    Autoencoder,
+    Bridge,
+    BridgeSampling,
+    Condition,
+    ConditionalDiffusion,
+    ConditionalSampling,
+    Denoiser,
+    Diffusion,
+    LatentBridge,
+    PixelSpace,
+    symmetry,
+)
+from allpet.conditions import LABEL_SIZE
+from allpet.metrics import psnr
+from allpet.systems.base import Unfit
+from allpet.systems.focus import Focus
+from allpet.systems.paired import PairedSystem
+from allpet.systems.simple_methods import GaussOracle, Identity
+
+DDBM = {
+    "bridge": Bridge("vp", first=1e-4, end_share=0.0),
+    "form": "published",
+    "measure_covariance": False,
+    "sampling": BridgeSampling(sampler="heun", nfe=5),
+}
+REGRESSION = {"bridge": Bridge(end_share=1.0), "sampling": BridgeSampling(nfe=1)}
+METHODS: dict[str, dict[str, Any]] = {
+    "bridge": {},
+    "attention": {"attention": AttentionUse(("gain", "loss", "channel"), (0.0, 2.0))},
+    "ddbm": DDBM,
+    "regression": {**REGRESSION, "loss": "l1"},
+    "pixels": {**REGRESSION, "autoencoder": PixelSpace},
+    "conditional": {"kind": ConditionalDiffusion, "sampling": ConditionalSampling(nfe=3)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data() -> TinyPairs:
+    data = TinyPairs()
+    data.setup()
+    return data
+
+
+def make(
+    kind: type[PairedSystem] = LatentBridge, autoencoder: Any = lambda: Autoencoder((8, 16)), **given: Any
+) -> PairedSystem:
+    space = autoencoder()
+    channels = space.latent_channels
+    attention = given.get("attention")
+    extra = int(attention is not None and "channel" in attention.uses)
+    settings = {"layers_per_block": 1, "attention": (False, True), "head_channels": 8, "label_size": LABEL_SIZE}
+    denoiser = Denoiser(channels, channels + extra, (8, 16), **settings)
+    return kind(space, denoiser, **{"learning_rate": 1e-3, "warmup_steps": 1, **given})
+
+
+def fitted(folder: Path, data: TinyPairs, steps: int = 2, **given: Any) -> PairedSystem:
+    system = make(**given)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1, "enable_checkpointing": False}
+    Trainer(default_root_dir=folder, accelerator="cpu", **quiet, **settings).fit(system, datamodule=data)
+    return system.eval()
+
+
+def awake(system: PairedSystem) -> PairedSystem:
+    """Give the last layer weights, so that what the network is given matters."""
+    torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.3)
+    return system
+
+
+def asked(n: int) -> Condition:
+    return Condition.of("low_dose", ["FDG:abdomen"] * n, dose=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_restores_and_is_exported(name, data, tmp_path):
+    system = awake(fitted(tmp_path, data, **METHODS[name]))
+    given = data.test_set[[0, 1]].input
+    result = system.restore(given, asked(2), [3, 4])
+    assert result.mean.shape == (2, 1, *GEOMETRY.sinogram_shape)
+    assert (result.samples >= 0).all()
+    assert result.mean.isfinite().all()
+    alone = system.restore(given[1:], asked(1), [4])
+    torch.testing.assert_close(alone.mean[0], result.mean[1], rtol=1e-3, atol=1e-3 * float(result.mean.max()))
+    system.save_pretrained(tmp_path / "out")
+    loaded = type(system).from_pretrained(tmp_path / "out", system.sampling)
+    again = loaded.restore(given, asked(2), [3, 4])
+    torch.testing.assert_close(again.mean, result.mean, rtol=0, atol=0)
+    with pytest.raises(Unfit, match=r"The sinograms are 8 x 8; the model was trained on 16 x 16"):
+        loaded.restore(torch.zeros(1, 1, 8, 8), asked(1), [0])
+
+
+def test_ddbm_takes_no_covariance_and_makes_its_calls(data, tmp_path):
+    system = fitted(tmp_path, data, 1, **DDBM)
+    assert (system.moments[4] == 0).all()
+    assert (system.moments[2:4] > 0).all()
+    calls = []
+    system.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    system.restore(data.test_set[[0]].input, asked(1), [0], BridgeSampling(sampler="heun", nfe=11))
+    assert len(calls) == 11
+    with pytest.raises(ValueError, match=r"nfe is 118, but Heun's sampler makes 3 steps - 1 calls: 2, 5, ..., 119"):
+        BridgeSampling(sampler="heun", nfe=118)
+
+
+def test_regression_sees_nothing_but_the_end_of_the_bridge(data, tmp_path):
+    """Its loss is that of one call at the end: no noise, no times."""
+    system = awake(fitted(tmp_path, data, 1, **METHODS["pixels"]))
+    batch = data.train_set[[0, 1, 2]]
+    target, source = system._latents(batch)
+    assert torch.equal(source, batch.input / system.input_ratio / data.scale)
+    end, condition = torch.ones(3, dtype=torch.float64), Condition.of_pairs(batch)
+    wanted = system.preconditioning.residual(source, source, end, target)
+    error = (system(source, source, end, condition).float() - wanted).square().mean()
+    torch.testing.assert_close(system._loss(batch, ("any",)), error)
+    predicted = system.restore(batch.input, condition, [0, 1, 2]).mean
+    clean = system.preconditioning.clean(source, source, end, system(source, source, end, condition).float())
+    torch.testing.assert_close(predicted, clean.clamp_min(0) * data.scale)
+
+
+def test_untrained_regression_in_pixels_is_the_line_through_input_and_target(data, tmp_path):
+    system = fitted(tmp_path, data, 1, learning_rate=0.0, **METHODS["pixels"])
+    batch = data.train_set[list(range(12))]
+    x, y = (values.double() / data.scale for values in (batch.noisy, batch.input / system.input_ratio))
+    slope = ((x - x.mean()) * (y - y.mean())).mean() / y.var(correction=0)
+    slope = slope.clamp_max(0.995 * x.std(correction=0) / y.std(correction=0))
+    line = (x.mean() + slope * (y - y.mean())).clamp_min(0) * data.scale
+    got = system.restore(batch.input, Condition.of_pairs(batch), list(range(12))).mean
+    torch.testing.assert_close(got.double(), line, rtol=1e-4, atol=1e-4 * data.scale)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_conditional_diffusion_finds_what_a_perfect_network_knows(sampler, data, tmp_path, monkeypatch):
+    system = fitted(tmp_path, data, 1, kind=ConditionalDiffusion)
+    target, source = system._latents(data.train_set[[0, 1]])
+    mean, variance = system.moments[0].float(), system.moments[2].float()
+    clean = (target - mean[:, None, None]) / variance.sqrt()[:, None, None]
+
+    def velocity(noisy: Tensor, time: Tensor, *_: Any) -> Tensor:
+        alpha, sigma = Diffusion()._at(time, noisy)
+        return (alpha * noisy - clean) / sigma
+
+    monkeypatch.setattr(system.denoiser, "forward", velocity)
+    generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    sampling = ConditionalSampling(sampler=sampler, nfe=4)
+    torch.testing.assert_close(system.draw(source, Focus(source), asked(2), generators, sampling), target)
+    errors = system.errors(target, source, Focus(source), asked(2), generators)
+    assert errors.abs().max() < 1e-4
+
+
+def test_l1_is_the_mean_distance(data, tmp_path):
+    system = awake(fitted(tmp_path, data, 1, loss="l1"))
+    batch, drawn = data.train_set[[0, 1]], []
+    errors = system.errors
+    system.errors = lambda *given: drawn.append(errors(*given)) or drawn[-1]
+    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].abs().mean())
+    system.loss = "l2"
+    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].square().mean())
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def attending(*uses: Any, **given: Any) -> PairedSystem:
+    system = awake(make(attention=AttentionUse(uses, **given))).eval()
+    system.geometry = GEOMETRY
+    return system
+
+
+def roi(row: int, column: int) -> Tensor:
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    mask[..., row : row + 3, column : column + 3] = True
+    return mask
+
+
+@pytest.mark.parametrize("uses", [("gain",), ("channel",), ("gain", "channel", "loss")])
+def test_a_roi_changes_the_result_through_the_attention_alone(uses, data):
+    system, given = attending(*uses), data.test_set[[0, 1]].input
+
+    def restored(**asking: Any) -> Tensor:
+        return system.restore(given, asked(2), [1, 2], BridgeSampling(nfe=2), **asking).mean
+
+    here, there = restored(roi=roi(5, 6)), restored(roi=roi(9, 8))
+    assert not torch.allclose(here, there, rtol=1e-3)
+    # What the model is given of a ROI is its attention: where that is taken away, so is every difference.
+    nowhere = restored(roi=roi(5, 6), attention_strength=0.0)
+    assert torch.equal(nowhere, restored(roi=roi(9, 8), attention_strength=0.0))
+    assert torch.equal(nowhere, restored(roi=torch.zeros(1, 1, 16, 16, dtype=torch.bool)))
+    assert torch.equal(nowhere, restored(attention_strength=0.0))
+    assert torch.equal(restored(roi=roi(5, 6), attention_strength=1.0), here)
+
+
+def test_the_target_is_never_looked_at(data):
+    system, batch = attending("gain", "loss", "channel"), data.train_set[[0, 1, 2]]
+    seen = []
+    focus = system.focus
+    system.focus = lambda *given: seen.append(focus(*given)) or seen[-1]
+    for change in (1.0, 0.0, 7.0):
+        system._loss(batch._replace(noisy=change * batch.noisy, expected=change * batch.expected), ("x",))
+    for other in seen[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
+
+
+def test_gain_emphasises_the_condition_and_not_the_source(data):
+    system, given = attending("gain"), data.test_set[[0, 1]].input
+    source = system._encode(given)
+    attended = system.attention(given, roi(5, 6), 2.0)
+    focus = system.focus(given, source, 2.0, roi(5, 6))
+    torch.testing.assert_close(focus.source, system._encode(given * attended))
+    assert focus.channel is None
+    assert focus.weight is None
+    assert system.focus(given, source, 0.0).source.equal(source)
+
+
+def test_channel_and_weight_lie_on_the_grid_of_the_latent(data):
+    system, given = attending("channel", "loss"), data.test_set[[0, 1]].input
+    source = system._encode(given)
+    focus = system.focus(given, source, 1.5, roi(3, 11))
+    assert focus.source is source
+    assert focus.channel.shape == focus.weight.shape == (2, 1, *source.shape[2:])
+    extra = system.attention(given, roi(3, 11), 1.5) - 1
+    torch.testing.assert_close(focus.channel.mean((2, 3)), extra.mean((2, 3)))
+    torch.testing.assert_close(focus.weight.mean((1, 2, 3)), torch.ones(2))
+    half = system.focus(given, source, 0.75, roi(3, 11)).channel
+    torch.testing.assert_close(2 * half, focus.channel)
+
+
+def test_a_seam_goes_on_as_sinograms_do():
+    autoencoder = Autoencoder((8, 16), seam=4)
+    sinogram = torch.rand(1, 1, 16, 16)
+    pooled = autoencoder.pool(sinogram)
+    assert pooled.shape[1:] == (1, *autoencoder.latent_shape(16, 16)[1:])
+    inner = torch.nn.functional.avg_pool2d(sinogram, autoencoder.factor)
+    rows = 4 // autoencoder.factor
+    torch.testing.assert_close(pooled[:, :, rows:-rows], inner)
+    torch.testing.assert_close(pooled[:, :, :rows], inner[:, :, -rows:].flip(-1))
+
+
+def test_attention_weights_the_loss(data):
+    system, batch = attending("loss"), data.train_set[[0, 1]]
+    plain = awake(make()).eval()
+    plain.geometry = GEOMETRY
+    plain.load_state_dict(system.state_dict())
+    plain._aside = system._aside
+    drawn = []
+    errors = system.errors
+    system.errors = lambda *given: drawn.append((errors(*given), given[2].weight)) or drawn[-1][0]
+    weighted = system._loss(batch, ("x",))
+    error, weight = drawn[0]
+    assert weight.std() > 0.01
+    torch.testing.assert_close(weighted, (weight * error.square()).mean())
+    torch.testing.assert_close(plain._loss(batch, ("x",)), error.square().mean())
+
+
+def test_training_draws_strengths_and_evaluation_the_same_ones(data):
+    system = attending("channel", strengths=(0.5, 1.5))
+    drawn = system._strengths((0, 1), list(range(200)))
+    assert 0.5 <= drawn.min() < 0.6
+    assert 1.4 < drawn.max() <= 1.5
+    assert torch.equal(drawn[3:5], system._strengths((0, 1), [3, 4]))
+    assert not torch.equal(drawn, system._strengths((0, 2), list(range(200))))
+
+
+def test_a_model_that_cannot_heed_a_roi_says_so(data):
+    given = data.test_set[[0]].input
+    for system in (make().eval(), attending("loss")):
+        with pytest.raises(Unfit, match="cannot heed a region of interest"):
+            system.restore(given, asked(1), [0], roi=roi(5, 5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"uses": ("look",)}, "choose one or more of gain, loss, channel"),
+        ({"uses": ()}, "choose one or more"),
+        ({"strengths": (1.0, 0.5)}, r"must be \(smallest, largest\)"),
+    ],
+)
+def test_impossible_uses_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AttentionUse(**wrong)
+    with pytest.raises(ValueError, match="attention_strength is -1"):
+        BridgeSampling(attention_strength=-1.0)
+
+
+def test_a_denoiser_without_room_for_attention_is_refused():
+    denoiser = Denoiser(4, 4, (8, 16), attention=(False, False), label_size=LABEL_SIZE)
+    with pytest.raises(ValueError, match="with attention as a channel, needs 4, 5 and"):
+        LatentBridge(Autoencoder((8, 16)), denoiser, attention=AttentionUse())
+
+
+# ------------------------------------------------------------------------------------------------ without training
+
+
+def test_identity_gives_each_target_its_total():
+    data = TinyPairs("separation")
+    data.setup()
+    batch = data.train_set[list(range(12))]
+    identity = Identity().fit(batch.input, batch.expected)
+    result = identity.restore(batch.input, n_targets=2)
+    torch.testing.assert_close(result.mean.sum((0, 2, 3)), batch.expected.sum((0, 2, 3)), rtol=1e-4, atol=0)
+    assert not result.std.any()
+    with pytest.raises(ValueError, match="must hold activity"):
+        identity.fit(0 * batch.input, batch.expected)
+
+
+def test_the_oracle_is_the_best_of_its_widths_and_beats_the_input(data):
+    batch = data.train_set[list(range(12))]
+    oracle = GaussOracle(GEOMETRY, (0.0, 1.0, 2.0, 5.0)).fit(batch.input, batch.expected)
+    assert oracle.fwhm != (0.0, 0.0)
+
+    def score(method: Identity) -> float:
+        return float(psnr(method.restore(batch.input).mean, batch.expected).mean())
+
+    best = score(oracle)
+    assert best > score(Identity().fit(batch.input, batch.expected)) + 1
+    for bins in oracle.widths:
+        for views in oracle.widths:
+            other = GaussOracle(GEOMETRY, (0.0,)).fit(batch.input, batch.expected)
+            other.fwhm = (bins, views)
+            assert score(other) <= best + 1e-4
+    clean = GaussOracle(GEOMETRY).fit(batch.expected, batch.expected)
+    assert clean.fwhm == (0.0, 0.0)
+
+
+def test_the_oracle_blurs_over_the_seam(data):
+    """A turned image gives the turned result, wherever the first view lies."""
+    given = data.train_set[[0, 1]].input
+    oracle = GaussOracle(GEOMETRY)
+    oracle.fwhm = (2.0, 3.0)
+    turned = oracle.restore(symmetry.roll_views(given, 5)).mean
+    torch.testing.assert_close(turned, symmetry.roll_views(oracle.restore(given).mean, 5), rtol=1e-4, atol=1e-2)
