@@ -178,7 +178,7 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
     for given, options, sentence in cases:
         data = SinogramsToRestore(str(given), dose=0.1, **options)
         data.trainer = SimpleNamespace(lightning_module=system)
-        with pytest.raises(ValueError, match=re.escape(sentence)):
+        with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
             data.setup("predict")
         assert "\n" not in str(refused.value)
     # Before a run is made, and within one, the command says the same without a traceback.
