@@ -153,11 +153,11 @@ def test_fit_refuses_what_does_not_fit_before_it_trains(tmp_path, monkeypatch):
 def test_a_configuration_is_estimated_without_data_or_stage_1(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["memory"])
     files = [str(EXPERIMENTS / f"{name}.yaml") for name in ("defaults", "ldm", "scale/laptop")]
-    report(["--config", *files, "--batch", "2", "4", "--output", str(tmp_path), "--trainer.precision=32-true"])
+    report(["--config", *files, "--batch", "64", "128", "--output", str(tmp_path), "--trainer.precision=32-true"])
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [(row["stage"], row["views"], row["bins"], row["batch"]) for row in rows] == [
-        ("ldm", 64, 80, 2),
-        ("ldm", 64, 80, 4),
+        ("ldm", 64, 80, 64),
+        ("ldm", 64, 80, 128),
     ]
     for row in rows:
         parts = [value for name, value in row.items() if name.endswith("_gb") and name != "peak_gb"]
@@ -187,11 +187,15 @@ def test_how_a_network_computes_does_not_change_what(name):
         return {name: parameter.grad for name, parameter in network.named_parameters()}
 
     with torch.random.fork_rng():
-        plain = gradients(build())
-        for flags, tolerance in (({"checkpointing": True}, 0.0), ({"channels_last": True}, 1e-4)):
-            changed = gradients(build(**flags))
+        network = build()
+        plain = gradients(network)
+        for flags, tolerance in (({"checkpointing": True}, 0.0), ({"channels_last": True}, 1e-5)):
+            other = build(**flags)
+            other.load_state_dict(network.state_dict())
+            changed = gradients(other)
+            largest = max(value.abs().max() for value in plain.values())
             for key, value in plain.items():
-                torch.testing.assert_close(changed[key], value, rtol=tolerance, atol=tolerance, msg=f"{flags} {key}")
+                assert (changed[key] - value).abs().max() <= tolerance * largest, f"{flags} {key}"
         compiled = build(compiled=True)
         assert compiled.state_dict().keys() == build().state_dict().keys()
         assert compiled.config == build().config
