@@ -18,7 +18,6 @@ from allpet.io import Scan
 from allpet.prompts import OPEN, Prompt
 from allpet.regions import roi_from_file
 from allpet.simulation.tasks import TASKS, TWO_TRACERS
-from allpet.systems.base import Unfit
 from data_modules.base import fixed_scale
 from data_modules.checks import by
 from data_modules.folder import FoundFile
@@ -98,7 +97,7 @@ class SinogramsToRestore(LightningDataModule):
         """Check and read the folder; where a model is known, bring values and region to what it knows.
 
         Raises:
-            Unfit: if the folder or the region cannot be used, or what the task needs was not said.
+            ValueError: if the folder or the region cannot be used, or what the task needs was not said.
         """
         if not self.files:
             self._check_task()
@@ -108,13 +107,13 @@ class SinogramsToRestore(LightningDataModule):
             return
         shape, wanted = self.files[0].slices.shape[1:], system.geometry.sinogram_shape
         if shape != wanted:
-            raise Unfit(
+            raise ValueError(
                 f"{self.folder} holds {by(shape)} sinograms (views x bins), but the model was trained on {by(wanted)}: "
                 "use a model trained on the scanner's own geometry."
             )
         said = self.geometry
         if said is not None and abs(said.bin_mm - system.geometry.bin_mm) > 1e-3 * said.bin_mm:
-            raise Unfit(
+            raise ValueError(
                 f"{self.folder} has bins of {said.bin_mm:g} mm, but the model was trained on bins of "
                 f"{system.geometry.bin_mm:g} mm: use a model trained on the scanner's own geometry."
             )
@@ -164,20 +163,22 @@ class SinogramsToRestore(LightningDataModule):
     def _check_task(self) -> None:
         """Refuse settings that lack what the task needs."""
         if self.task == "low_dose" and self.dose is None:
-            raise Unfit("low_dose needs the share of the normal dose that the scans have: DOSE=0.05 (--data.dose).")
+            raise ValueError(
+                "low_dose needs the share of the normal dose that the scans have: DOSE=0.05 (--data.dose)."
+            )
         if self.task == "delayed" and self.delay_min is None:
-            raise Unfit("delayed needs the minutes until the wanted scan: DELAY=60 (--data.delay_min).")
+            raise ValueError("delayed needs the minutes until the wanted scan: DELAY=60 (--data.delay_min).")
         wanted = {"separation": 2, "conversion": 1}.get(self.task, 0)
         if len(self.targets) != wanted:
             remedy = "name those: TARGETS=FDG,PSMA (--data.target_tracers)" if wanted else "leave them out"
-            raise Unfit(f"{self.task} takes {wanted} target tracer(s), but got {len(self.targets)}; {remedy}.")
+            raise ValueError(f"{self.task} takes {wanted} target tracer(s), but got {len(self.targets)}; {remedy}.")
         tracers = list(self.targets) or None
         try:  # names and ranges
             prompts = [f"{OPEN}:{OPEN}"] * max(wanted, 1)
             dose = 1.0 if self.dose is None else self.dose
             Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, dose)
         except ValueError as error:
-            raise Unfit(str(error)) from error
+            raise ValueError(str(error)) from error
 
     def _read(self) -> None:
         report, files = inspect_folder(
@@ -186,10 +187,10 @@ class SinogramsToRestore(LightningDataModule):
         try:
             report.raise_errors()
         except ValueError as error:
-            raise Unfit(str(error)) from error
+            raise ValueError(str(error)) from error
         images = [found.name for found in files if found.scan is not None and found.scan.kind == "image"]
         if images:
-            raise Unfit(f"{self.folder} holds images ({images[0]}), but models restore sinograms: give it those.")
+            raise ValueError(f"{self.folder} holds images ({images[0]}), but models restore sinograms: give it those.")
         for row in report.warnings:
             # what is to be corrected is no fault here
             if self.task != "attenuation" or "not corrected for attenuation" not in row.finding:
@@ -218,9 +219,9 @@ class SinogramsToRestore(LightningDataModule):
         try:
             roi = roi_from_file(str(self.roi_file), geometry, self.roi_pixel_mm)
         except (OSError, ValueError) as error:
-            raise Unfit(str(error)) from error
+            raise ValueError(str(error)) from error
         if len(roi) not in (1, self.n_slices):
-            raise Unfit(
+            raise ValueError(
                 f"{self.roi_file} holds {len(roi)} masks for the {self.n_slices} slices of {self.folder}; "
                 "give one for all, or one for each."
             )
