@@ -173,21 +173,15 @@ class SinogramsToRestore(LightningDataModule):
             remedy = "name those: TARGETS=FDG,PSMA (--data.target_tracers)" if wanted else "leave them out"
             raise ValueError(f"{self.task} takes {wanted} target tracer(s), but got {len(self.targets)}; {remedy}.")
         tracers = list(self.targets) or None
-        try:  # names and ranges
-            prompts = [f"{OPEN}:{OPEN}"] * max(wanted, 1)
-            dose = 1.0 if self.dose is None else self.dose
-            Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, dose)
-        except ValueError as error:
-            raise ValueError(str(error)) from error
+        prompts = [f"{OPEN}:{OPEN}"] * max(wanted, 1)
+        dose = 1.0 if self.dose is None else self.dose
+        Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, dose)  # refuses names and ranges
 
     def _read(self) -> None:
         report, files = inspect_folder(
             self.folder, "sinogram", self.key, None, self.slices, self.full_turn, None, self.layout, self.role
         )
-        try:
-            report.raise_errors()
-        except ValueError as error:
-            raise ValueError(str(error)) from error
+        report.raise_errors()
         images = [found.name for found in files if found.scan is not None and found.scan.kind == "image"]
         if images:
             raise ValueError(f"{self.folder} holds images ({images[0]}), but models restore sinograms: give it those.")
