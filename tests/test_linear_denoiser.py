@@ -80,7 +80,14 @@ def test_fewer_slices_than_elements_and_a_small_rank_share_the_rest():
     assert total(few) == pytest.approx(total(whole), rel=1e-4)
 
 
+def test_without_turned_slices_halves_tell_the_variance_beyond_the_axes():
+    """Of white latents, fewer than they have elements, one half says nothing of the other's: the variance is 1."""
+    latents = torch.randn(60, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    fitted = LinearDenoiser.fit(latents, Prompt.of(["FDG:brain"] * 60), None)
+    assert float(fitted.variance[-1]) == pytest.approx(1.0, rel=0.15)
+
+
 def test_latents_that_say_nothing_are_refused():
     prompt = Prompt.of(["FDG:brain"])
-    with pytest.raises(ValueError, match="1 latents and 3 turned ones were given; a covariance needs at least two"):
+    with pytest.raises(ValueError, match="1 and 3 latents were given; a covariance needs at least two"):
         LinearDenoiser.fit(torch.randn(1, *SHAPE), prompt, torch.randn(3, *SHAPE))

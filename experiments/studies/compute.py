@@ -53,7 +53,7 @@ def _measure(
     model = LatentDiffusion.from_pretrained(newest_pretrained(folder / "ldm"), sampling)
     data = bench.data(recipe.n)
     batch = data.train_set[list(range(4))]
-    if recipe.symmetries:
+    if recipe.conditioned:
         batch = batch._replace(symmetry=torch.zeros(4, model.denoiser.config["label_size"]))
     flops = budget.ldm * 32 * training_flops(model, batch)
     fake, prompt = bench.generate(model, recipe.seed)

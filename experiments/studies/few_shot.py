@@ -1,9 +1,11 @@
 """How many slices, and which ingredient? n slices x augmentation x seeds at equal compute.
 
 All rows train the same networks for the same number of steps; ``nothing`` has no masks and no symmetries, ``masks`` is
-RMAS with DMM, ``symmetries`` turns and mirrors slices in both stages, ``both`` is both. At n = 500 single ingredients
-are changed: one channel instead of three, a fixed number of cells instead of DMM, binary instead of soft masks, masks
-of the image instead of the sinogram, no range layer, and the three other forms of the constraint.
+RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1 and for the covariance that stage 2 starts from,
+``both`` is both. At n = 500 single ingredients of ``both`` are changed: one channel without masks instead of three, no
+range layer, no linear start, symmetries in the training of stage 2, too (``conditioned``), a fixed number of cells
+instead of DMM, binary instead of soft masks, masks of the image instead of the sinogram, and the three other forms of
+the constraint.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from allpet.evaluation.distances import polynomial_mmd
-from allpet.evaluation.features import RandomConvolutions, standardise
 from torch import Tensor
 
 from allpet import Sampling
+from allpet.evaluation.distances import polynomial_mmd
+from allpet.evaluation.features import RandomConvolutions, standardise
 from allpet.randomness import keyed_generator
 from studies.rows import Outcome, Row
 from studies.training import Bench, Budget, Recipe, load, train
@@ -34,6 +36,8 @@ AUGMENTATIONS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "one_channel": {"masks": False, "stack_channels": 1},
     "no_range_layer": {"range_order": None},
+    "no_linear_start": {"linear": False},
+    "conditioned": {"conditioned": True},
     "fixed_count": {"n_cells": (2, 2)},
     "binary": {"mask": "binary"},
     "image_masks": {"domain": "image"},
@@ -69,7 +73,7 @@ def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
         add(2000, "nothing", AUGMENTATIONS["nothing"], seed)
         add(100, "nothing", AUGMENTATIONS["nothing"], seed)
         add(100, "both", AUGMENTATIONS["both"], seed)
-        for name in ("one_channel", "no_range_layer"):
+        for name in ("one_channel", "no_range_layer", "no_linear_start"):
             add(500, name, VARIANTS[name], seed)
     for seed in seeds[1:]:
         for name in AUGMENTATIONS:

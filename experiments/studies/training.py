@@ -45,7 +45,9 @@ class Recipe:
         n: number of training slices.
         seed: of weights, order and draws.
         masks: whether RMAS draws masks; with False stacks have an empty mask.
-        symmetries: whether slices are turned and mirrored, in both stages; the denoiser is told.
+        symmetries: whether slices are turned and mirrored: in stage 1, and for the covariance of the linear denoiser.
+        conditioned: whether they are in the training of stage 2, too, which is told (``experiments/symmetries.yaml``).
+        linear: whether stage 2 starts from the linear denoiser.
         n_cells: fewest and most cells of a mask; equal numbers are no DMM.
         mask: "soft" or "binary".
         domain: "sinogram" or "image", where masks are applied.
@@ -58,6 +60,8 @@ class Recipe:
     seed: int
     masks: bool = True
     symmetries: bool = True
+    conditioned: bool = False
+    linear: bool = True
     n_cells: tuple[int, int] = (1, 4)
     mask: str = "soft"
     domain: str = "sinogram"
@@ -67,7 +71,7 @@ class Recipe:
 
     def words(self, stage: str, budget: Budget, folder: Path, cache: str) -> list[str]:
         """Return the command line that trains a stage ("vae" or "ldm")."""
-        files = ["defaults", stage, "scale/laptop", *(["symmetries"] if stage == "ldm" and self.symmetries else [])]
+        files = ["defaults", stage, "scale/laptop", *(["symmetries"] if stage == "ldm" and self.conditioned else [])]
         words = ["fit", *(word for name in files for word in ("-c", str(HERE / f"{name}.yaml")))]
         words += [
             f"--run.root={folder / stage}",
@@ -99,7 +103,13 @@ class Recipe:
             if not self.symmetries:
                 words.append("--data.symmetry=null")
         else:
-            words.append(f"--model.autoencoder={folder / 'vae'}")
+            words += [
+                f"--model.autoencoder={folder / 'vae'}",
+                f"--model.linear_rank={1024 if self.linear else 0}",
+                f"--model.linear_turned={8 if self.symmetries else 0}",
+            ]
+            if not self.linear:
+                words.append("--model.denoiser.condition_channels=0")
         return words
 
 

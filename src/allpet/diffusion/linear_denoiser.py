@@ -12,7 +12,8 @@ done per channel, ``preconditioning``; here with all correlations over views and
 
 mu is the mean of the slices that answer a prompt. C is a mixture of the covariance within prompts, which knows the
 anatomy but has no more axes than there are slices, and that of slices turned and mirrored at random, which knows what
-all sinograms have in common.
+all sinograms have in common. Without turned slices the variance beyond those axes is that of one half of the slices
+beyond the axes of the other.
 """
 
 from __future__ import annotations
@@ -54,24 +55,25 @@ class LinearDenoiser(nn.Module):
         return {"shape": list(self.shape), "rank": len(self.axes)}
 
     @classmethod
-    def fit(cls, latents: Tensor, prompt: Prompt, turned: Tensor, rank: int = 1024) -> LinearDenoiser:
+    def fit(cls, latents: Tensor, prompt: Prompt, turned: Tensor | None, rank: int = 1024) -> LinearDenoiser:
         """Measure mean and covariance.
 
         Args:
             latents: of the training slices, ``(slices, channels, rows, columns)``.
             prompt: tracer and region of each.
-            turned: latents of slices turned and mirrored at random, ``(m, channels, rows, columns)``.
+            turned: latents of slices turned and mirrored at random, ``(m, channels, rows, columns)``; None: of none.
             rank: axes to keep, at most; fewer where there are not as many.
 
         Raises:
             ValueError: if there are too few latents or they are not finite.
         """
-        if min(len(latents), len(turned)) < 2 or not (torch.isfinite(latents).all() and torch.isfinite(turned).all()):
+        given = [latents] if turned is None else [latents, turned]
+        if min(map(len, given)) < 2 or not all(torch.isfinite(values).all() for values in given):
             raise ValueError(
-                f"{len(latents)} latents and {len(turned)} turned ones were given; a covariance needs at least two "
-                "of each, all finite: check the encoder and the data."
+                f"{' and '.join(str(len(values)) for values in given)} latents were given; a covariance needs at least "
+                "two, and two turned ones, all finite: check the encoder and the data."
             )
-        x, y = latents.flatten(1).float(), turned.flatten(1).float()
+        x = latents.flatten(1).float()
         mean = x.mean(0).repeat(len(TRACERS), len(REGIONS), 1)
         for tracer in range(len(TRACERS)):
             for region in range(len(REGIONS)):
@@ -79,19 +81,20 @@ class LinearDenoiser(nn.Module):
                 if rows.any():
                     mean[tracer, region] = x[rows].mean(0)
         # C = Y^T Y of the weighted, centred samples Y
-        within = (x - mean[prompt.tracer, prompt.region]) * (ANATOMY_SHARE / len(x)) ** 0.5
-        samples = torch.cat([within, (y - y.mean(0)) * ((1 - ANATOMY_SHARE) / len(y)) ** 0.5])
-        n, elements = samples.shape
-        if elements <= n:
-            variance, axes = torch.linalg.eigh(samples.T @ samples)
-            axes = axes.T
-        else:
-            variance, factors = torch.linalg.eigh(samples @ samples.T)
-            axes = (samples.T @ (factors / variance.clamp(min=1e-12).sqrt())).T
-        kept = min(rank, int((variance > 1e-6 * variance[-1]).sum()))
-        variance, axes = variance.flip(0)[:kept], axes.flip(0)[:kept]
-        rest = (samples.square().sum() - variance.sum()).clamp(min=0) / max(elements - kept, 1)
-        fitted = cls((latents.shape[1], latents.shape[2], latents.shape[3]), kept)
+        within = (x - mean[prompt.tracer, prompt.region]) / len(x) ** 0.5
+        samples = within
+        if turned is not None:
+            y = turned.flatten(1).float()
+            y = (y - y.mean(0)) / len(y) ** 0.5
+            samples = torch.cat([ANATOMY_SHARE**0.5 * within, (1 - ANATOMY_SHARE) ** 0.5 * y])
+        variance, axes = _principal(samples, rank)
+        beyond = samples.square().sum() - variance.sum()
+        if turned is None:
+            _, known = _principal(within[::2], len(within))
+            other = within[1::2] - (within[1::2] @ known.T) @ known
+            beyond = torch.maximum(beyond, 2 * other.square().sum())
+        rest = beyond.clamp(min=0) / max(samples.shape[1] - len(variance), 1)
+        fitted = cls((latents.shape[1], latents.shape[2], latents.shape[3]), len(variance))
         fitted.mean.copy_(mean)
         fitted.axes.copy_(axes)
         fitted.variance.copy_(torch.cat([variance, rest[None]]) + _RIDGE)
@@ -121,6 +124,19 @@ class LinearDenoiser(nn.Module):
         left = self.variance * s**2 / (a**2 * self.variance + s**2)
         elements = self.axes.shape[1]
         return ((left[:, :-1].sum(1) + (elements - len(self.axes)) * left[:, -1]) / elements).sqrt()
+
+
+def _principal(samples: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of Y^T Y and their axes, ``(k,)`` and ``(k, elements)``, for Y ``(n, elements)``."""
+    n, elements = samples.shape
+    if elements <= n:
+        variance, axes = torch.linalg.eigh(samples.T @ samples)
+        axes = axes.T
+    else:
+        variance, factors = torch.linalg.eigh(samples @ samples.T)
+        axes = (samples.T @ (factors / variance.clamp(min=1e-12).sqrt())).T
+    kept = min(rank, int((variance > 1e-6 * variance[-1]).sum()))
+    return variance.flip(0)[:kept], axes.flip(0)[:kept]
 
 
 def _answering(asked: tuple[int, int], prompt: Prompt) -> Tensor:

@@ -31,9 +31,6 @@ from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName
 from allpet.systems.latents import Aside, LatentSystem
 
-_TURNED = 8
-"""Turned copies of each training slice that the linear denoiser's covariance is measured on."""
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -157,6 +154,8 @@ class LatentDiffusion(LatentSystem):
         linear_rank: the network predicts what the best linear denoiser leaves open, and sees its estimate; that one is
             fitted when training starts and keeps so many axes of the latents' covariance (``LinearDenoiser``). It needs
             a denoiser with as many condition as latent channels. 0: the network predicts everything.
+        linear_turned: copies of each training slice, turned and mirrored at random, that the covariance is measured on,
+            too.
         sampling: how ``sample`` and ``predict`` draw.
         seed: keys training noise, times and prompt dropout.
     """
@@ -174,6 +173,7 @@ class LatentDiffusion(LatentSystem):
         prompt_dropout: float = 0.1,
         latent_views: int = 0,
         linear_rank: int = 0,
+        linear_turned: int = 8,
         sampling: Sampling = Sampling(),
         seed: int = 0,
     ) -> None:
@@ -197,7 +197,7 @@ class LatentDiffusion(LatentSystem):
                 f"linear_rank is {linear_rank} and the denoiser has {denoiser.condition_channels} condition channels: "
                 f"give it {denoiser.latent_channels}, for the linear estimate, or set linear_rank to 0."
             )
-        self.linear_rank = linear_rank
+        self.linear_rank, self.linear_turned = linear_rank, linear_turned
         self.denoiser, self.diffusion, self.sampling, self.latent_views = denoiser, diffusion, sampling, latent_views
         self.prompt_dropout, self.seed = prompt_dropout, seed
 
@@ -267,12 +267,13 @@ class LatentDiffusion(LatentSystem):
             batch = move_data_to_device(data.train_set[rows[start : start + size]], self.device)
             with self.trainer.precision_plugin.forward_context():
                 latents.append(self.encode(data.augment(batch, 0)).cpu())
-                for k in range(_TURNED):
+                for k in range(self.linear_turned):
                     drawn = [turn.draw(1, keyed_generator("linear", i, k)) for i in batch.sample_id.tolist()]
                     parameters = SymmetryParameters(*(torch.cat(values) for values in zip(*drawn, strict=True)))
                     moved = batch._replace(sinogram=turn.apply(batch.sinogram, parameters), noise_free=None)
                     turned.append(self.encode(data.augment(moved, 1 + k)).cpu())
-        return LinearDenoiser.fit(torch.cat(latents), data.train_set.prompt, torch.cat(turned), self.linear_rank)
+        copies = torch.cat(turned) if turned else None
+        return LinearDenoiser.fit(torch.cat(latents), data.train_set.prompt, copies, self.linear_rank)
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """Mean squared error of the prediction at keyed random times and noise."""
