@@ -86,8 +86,8 @@ class PromptGaussian(nn.Module):
             raise ValueError("There are no slices to fit a Gaussian to: give at least one.")
         groups = list(dict.fromkeys(names))
         fitted = []
-        for group in groups:
-            rows = torch.tensor([name == group for name in names])
+        for wanted in groups:
+            rows = torch.tensor([name == wanted for name in names])
             fitted.append(_fit(values[rows].flatten(1).float().cpu(), rank))
         gaussian = cls(
             groups, [names.count(group) for group in groups], [len(f) for _, f, _ in fitted], values.shape[1:], diagonal
