@@ -449,12 +449,18 @@ def test_metrics_that_are_no_table(half, tmp_path, whole, note, heard):
     note("metrics.csv is no table", "it is put aside", "the metrics so far", sentence)
 
 
-def test_folders_of_the_run_are_missing(half, tmp_path, whole, note):
-    run = copy_of(half, tmp_path / "runs")
+def test_folders_of_the_run_are_missing(tmp_path, note, monkeypatch):
+    words = [*VAE, "--run.root", str(tmp_path), "--trainer.max_steps", "6"]
+    run = tmp_path / "001"
+    with monkeypatch.context() as patch:
+        at(patch, 5, bug)
+        with pytest.raises(Bug):
+            main(words)
     (run / "config.yaml").unlink()
-    main([*VAE, "--run.root", str(tmp_path / "runs"), "--trainer.limit_val_batches", "0"])
+    (run / "panels").rename(tmp_path / "panels")
+    main(words)
     assert (run / "config.yaml").exists()
-    assert list((run / "panels").glob("*.png"))
+    assert (run / "panels" / "step-00000006.png").exists()
     note("panels/ and config.yaml are missing", "they are made anew", "the old pictures", "none")
 
 

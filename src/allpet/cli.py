@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -130,7 +131,7 @@ class AllpetCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self._for_folder())
         except (OSError, ValueError, RuntimeError) as error:
             # what the user gave cannot work: one sentence, no traceback
-            said = faults.in_a_sentence(error) if isinstance(error, OSError) and error.errno else error
+            said = faults.in_a_sentence(error) if isinstance(error, OSError) and error.errno else _reason(error)
             raise SystemExit(f"allpet: {said}") from error
         self.datamodule = data or self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
@@ -313,6 +314,12 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
     data = config.get("data") or {}
     kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in ("folder", "patient")}
     return {**config, "data": {**data, "init_args": kept}} if data else config
+
+
+def _reason(error: Exception) -> str:
+    """What a class had against its arguments; jsonargparse wraps it into all that it has tried."""
+    wrapped = re.search(r"Errors:\n\s*- ([^\n]+)", str(error))
+    return wrapped[1] if wrapped else str(error)
 
 
 def _with_home(value: Any) -> Any:
