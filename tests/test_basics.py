@@ -5,18 +5,10 @@ import json
 import pytest
 import torch
 
-import allpet
 from allpet.pretrained import load_pretrained, save_pretrained
 from allpet.prompts import REGIONS, TRACERS, Prompt
 from allpet.randomness import keyed_generator
 from allpet.scaling import Scaling
-
-
-def test_every_public_name_can_be_imported():
-    for name in allpet.__all__:
-        assert getattr(allpet, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Radom'"):
-        allpet.Radom  # noqa: B018
 
 
 def test_scaling_is_linear_and_inverted():

@@ -86,6 +86,7 @@ class SinogramDiffAugment(nn.Module):
             mirrored=u[:, 12] < self.reflection,
             angle_rad=views * (math.pi / geometry.n_views),
             translation_mm=(2 * u[:, 2:4] - 1) * (done[:, 2:3] * self.translation_mm),
+            blur_mm=torch.zeros(len(u)),
         )
         whole = torch.tensor(geometry.sinogram_shape)
         size = (u[:, 4:6] * (self.cutout * done[:, 3:4]) * whole).round()

@@ -265,7 +265,7 @@ class Autoencoder(nn.Module):
             raise ValueError(f"The weight of the full channel is {weight}, but must lie between 0 and 1.")
         self.full_weight.fill_(weight)
 
-    def _fill(self, sinogram: Tensor, strip: bool) -> Tensor:
+    def _fill(self, sinogram: Tensor, strip: bool = False) -> Tensor:
         views, bins = sinogram.shape[-2:]
         if self.closed and (strip or views % self.factor):
             raise ValueError(

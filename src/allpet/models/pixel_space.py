@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allpet.batches import unmasked_stack
 from allpet.models.autoencoder import Decoded
 from allpet.scaling import Scaling
 
@@ -35,7 +36,7 @@ class PixelSpace(nn.Module):
     def decode(self, latent: Tensor, shape: tuple[int, int]) -> Decoded:
         """Return the sinogram itself, without negative values, and an empty mask."""
         full = latent[..., : shape[0], : shape[1]].float().clamp_min(0)
-        return Decoded(full, torch.zeros_like(full))
+        return Decoded(unmasked_stack(full), torch.zeros_like(full))
 
     def pool(self, sinogram: Tensor) -> Tensor:
         """Return what is given: every bin stands for itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,10 @@ class AttentionUse:
         low, high = self.strengths
         if not 0 <= low <= high < float("inf"):
             raise ValueError(f"strengths are {(low, high)}, but must be (smallest, largest), not negative.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionUse:
+        # Frozen, and what the command line makes ``areas`` of holds locks, which weight averaging could not copy.
+        return self
 
 
 class Focus(NamedTuple):
