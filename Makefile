@@ -2,6 +2,7 @@
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
 #   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; baseline: NAME=gan|score|one_channel;
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1; study: STUDY=few_shot|steps|compute|baselines;
+#   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
 #   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 #   PIP_ARGS="..." is appended to pip's.
 
@@ -15,6 +16,8 @@ CONFIG ?=
 PAIRS ?=
 NAME ?=
 STUDY ?=
+SWEEP ?=
+OFFLINE ?=
 REAL ?=
 FAKE ?=
 TRAIN ?=
@@ -105,6 +108,11 @@ evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numb
 study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines ARGS="--minutes 60"); hours in all, resumable
 	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines)."; exit 1; }
 	$(BIN)/python experiments/study.py $(STUDY) $(ARGS)
+
+sweep: $(READY) ## A grid of trainings and its curve, with W&B or without (SWEEP=few_shot or a task, OFFLINE=1); resumable
+	@test -f "experiments/sweeps/$(SWEEP).yaml" || \
+		{ echo "Name the sweep: make sweep SWEEP=few_shot (low_dose, attenuation, delayed, separation, conversion)."; exit 1; }
+	$(BIN)/python experiments/sweep.py $(SWEEP) $(if $(OFFLINE),--offline) $(ARGS)
 
 validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }
