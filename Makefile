@@ -127,6 +127,9 @@ benchmark: $(READY) ## Projector, masks, reconstruction and training steps besid
 	$(BIN)/python experiments/benchmarks/benchmark.py $(ARGS)
 	$(BIN)/python experiments/benchmarks/throughput.py $(filter --quick,$(ARGS))
 
+cost-curves: $(READY) ## Time per training step against batch, views x bins and data set size; 3 minutes
+	$(BIN)/python experiments/benchmarks/cost_curves.py $(ARGS)
+
 gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any interpreter with torch; installs nothing)
 	$(CHECK_PYTHON) experiments/benchmarks/gpu_check.py $(ARGS)
 

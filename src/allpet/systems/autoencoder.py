@@ -237,9 +237,10 @@ class AutoencoderSystem(CosineSystem):
     def _log_error(self, name: str, sinogram: Tensor, batch: SinogramBatch) -> None:
         # relative to nothing, an error is infinite: slices without activity are left out
         active = batch.expected.flatten(1).any(dim=1)
-        if active.any():
-            error = relative_l2(sinogram[active], batch.expected[active]).mean()
-            self.log(name, error, batch_size=int(active.sum()), sync_dist=True)
+        size = int(active.sum())
+        error = relative_l2(sinogram[active], batch.expected[active]).sum() / max(size, 1)
+        # logged where none is left, too, with no weight: all processes must log the same
+        self.log(name, error, batch_size=size, sync_dist=True)
 
     def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
         losses = {

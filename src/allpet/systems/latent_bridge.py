@@ -403,10 +403,11 @@ class LatentBridge(LatentSystem):
         for name, result in (("", restored), ("_input", given)):
             ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
             shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
-            if shown.any():
-                for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
-                    value, size = metric(ours[shown], truth[shown]).mean(), int(shown.sum())
-                    self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
+            size = int(shown.sum())
+            for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
+                value = metric(ours[shown], truth[shown]).sum() / max(size, 1)
+                # logged where none is left, too, with no weight: all processes must log the same
+                self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
 
     def _targets(self, batch: PairedBatch) -> Tensor:
         return batch.noisy if self.target == "noisy" else batch.expected
