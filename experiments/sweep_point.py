@@ -104,7 +104,9 @@ def read_point(words: Sequence[str] | None = None) -> Point:
     wrong = [word for word in others if not (word.startswith("--") and "=" in word)]
     if wrong:
         raise ValueError(f"{' '.join(wrong)} cannot be read: write options that go to allpet fit as --NAME=VALUE.")
-    given = {name.replace("_", "-"): value for name, value in vars(options).items() if value != parser.get_default(name)}
+    given = {
+        name.replace("_", "-"): value for name, value in vars(options).items() if value != parser.get_default(name)
+    }
     given = {name: value for name, value in given.items() if name != "sweep"} | {"seed": options.seed}
     flags = given | dict(word[2:].split("=", 1) for word in others)
     return Point(options.sweep, options, others, point_folder(options.output, options.sweep, flags))

@@ -210,13 +210,21 @@ def test_torchrun_trains_continues_and_samples(tmp_path):
     launched(*vae, "--trainer.max_steps", "4")
     assert "continues at step 4" in launched(*vae, "--trainer.max_steps", "8")
     launched(*vae[:-1], "whole", "--trainer.max_steps", "8")
-    mine, whole = (load_file(tmp_path / "vae" / name / "pretrained" / "model.safetensors") for name in ("mine", "whole"))
+    mine, whole = (
+        load_file(tmp_path / "vae" / name / "pretrained" / "model.safetensors") for name in ("mine", "whole")
+    )
     assert mine.keys() == whole.keys()
 
     ldm = [*VAE, "-c", str(HERE / "tiny_ldm.yaml"), "--trainer.max_steps", "2"]
     ldm += ["--model.autoencoder", str(tmp_path / "vae" / "mine"), "--run.root", str(tmp_path / "ldm")]
     launched(*ldm, "--run.name", "mine")
-    sample = ["predict", "-c", str(HERE.parent / "experiments/sample.yaml"), "--model.folder", str(tmp_path / "ldm/mine")]
+    sample = [
+        "predict",
+        "-c",
+        str(HERE.parent / "experiments/sample.yaml"),
+        "--model.folder",
+        str(tmp_path / "ldm/mine"),
+    ]
     sample += ["--model.sampling.steps", "2", "--data.n_samples", "5", "--trainer.accelerator", "cpu"]
     launched(*sample, "--run.root", str(tmp_path / "samples"), "--run.name", "mine")
     with h5py.File(tmp_path / "samples" / "mine" / "samples.h5") as file:

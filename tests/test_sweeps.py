@@ -62,21 +62,34 @@ def test_the_grid_and_its_command_lines_are_those_of_wandb(name):
     assert len(folders) == len(grid)
 
 
+@pytest.fixture(scope="module")
+def parser():
+    """That of ``allpet fit``, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["allpet"])
+        prepare()
+        files = [
+            word for name in ("defaults", "vae", "scale/laptop") for word in ("-c", f"{FOLDER.parent}/{name}.yaml")
+        ]
+        yield Parsed(["fit", *files])._parser("fit")
+
+
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_point_is_a_training_that_parses(name, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["allpet"])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, id="first seed"), pytest.param(slice(1, None), id="other seeds", marks=pytest.mark.slow)]
+)
+def test_every_point_is_a_training_that_parses(name, which, parser):
     sweep = read_sweep(name)
-    prepare()
-    parsers: dict[str, Parsed] = {}
-    for point in points(sweep):
+    seeds = sweep["parameters"]["seed"]["values"]
+    seeds = seeds[which] if isinstance(which, slice) else [seeds[which]]
+    for point in (point for point in points(sweep) if point["seed"] in seeds):
         read = read_point(runner._options(command_line(sweep, point)))
         for stage in read.stages:
-            words = read.words(stage)
-            cli = parsers.setdefault(stage, Parsed(words)) if stage not in parsers else parsers[stage]
-            config = cli.parser.parse_args(words).fit
+            config = parser.parse_args(read.words(stage)[1:])
             assert config.data.init_args.num_scans == point["data.num_scans"]
-            seed = config.seed_everything, config.model.init_args.seed, config.data.init_args.seed
-            assert seed == (point["seed"],) * 3
+            assert (config.seed_everything, config.model.init_args.seed, config.data.init_args.seed) == (
+                point["seed"],
+            ) * 3
             if "model.bridge.gamma" in point:
                 assert config.model.init_args.bridge.gamma == point["model.bridge.gamma"]
             if stage == "ldm":
@@ -102,7 +115,11 @@ def test_options_fix_sweep_and_go_to_one_stage_alone():
     assert runner.swept(sweep) == ["data.num_scans", "seed"]
     swept_further = changed(read_sweep("delayed"), {"model.bridge.gamma": [0.1, 1.0]})
     assert len(points(swept_further)) == 18
-    for wrong, said in ((["10"], "belongs to no option"), (["--sizes"], "has no value"), (["-c", "x"], "cannot be read")):
+    for wrong, said in (
+        (["10"], "belongs to no option"),
+        (["--sizes"], "has no value"),
+        (["-c", "x"], "cannot be read"),
+    ):
         with pytest.raises(ValueError, match=said):
             runner.read_values(wrong)
 
@@ -126,7 +143,22 @@ def test_an_account_is_a_key_or_a_login_and_nothing_else_asks_for_the_network(tm
 
 def walk(tmp_path: Path, *words: str) -> None:
     where = ["--output", str(tmp_path / "sweeps"), "--reports", str(tmp_path / "reports")]
-    runner.main(["low_dose", "--offline", "--sizes", "10", "20", "--seeds", "0", "1", "--model.bridge.gamma", "0.1", *where, *words])
+    runner.main(
+        [
+            "low_dose",
+            "--offline",
+            "--sizes",
+            "10",
+            "20",
+            "--seeds",
+            "0",
+            "1",
+            "--model.bridge.gamma",
+            "0.1",
+            *where,
+            *words,
+        ]
+    )
 
 
 def test_a_sweep_that_was_stopped_goes_on_and_draws_its_curve(tmp_path, monkeypatch):
@@ -166,7 +198,9 @@ def test_a_sweep_that_was_stopped_goes_on_and_draws_its_curve(tmp_path, monkeypa
         walk(tmp_path, "--bridge-steps", "7")
 
 
-TINY = "--data.val_patients=2 --data.test_patients=3 --data.batch_size=4 --trainer.accelerator=cpu --model.warmup_steps=1"
+TINY = (
+    "--data.val_patients=2 --data.test_patients=3 --data.batch_size=4 --trainer.accelerator=cpu --model.warmup_steps=1"
+)
 
 
 @pytest.mark.slow

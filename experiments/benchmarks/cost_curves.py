@@ -67,7 +67,9 @@ def curves_to_measure(quick: bool) -> list[Curve]:
     sizes = (100, 200) if quick else (500, 5_000, 50_000)
     middle, batch = shapes[0 if quick else 1], batches[0 if quick else 1]
     return [
-        Curve("batch size", batches, [{"shape": middle, "batch": x, "slices": sizes[0]} for x in batches], PROPORTIONAL),
+        Curve(
+            "batch size", batches, [{"shape": middle, "batch": x, "slices": sizes[0]} for x in batches], PROPORTIONAL
+        ),
         Curve(
             "views x bins",
             [views * bins for views, bins in shapes],
@@ -131,9 +133,7 @@ class Clock(Callback):
         self.ends.append(time.perf_counter())
 
 
-def step_seconds(
-    stage: str, shape: tuple[int, int], batch: int, slices: int, caches: Path, steps: int
-) -> list[float]:
+def step_seconds(stage: str, shape: tuple[int, int], batch: int, slices: int, caches: Path, steps: int) -> list[float]:
     """Train a stage for a few steps and return the seconds of each.
 
     Args:
@@ -250,7 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = write_report(
         "cost_curves", rows, [SEED], options.output, title="What a training step costs", remarks=remarks, fits=found
     )
-    print(table([{name: one[name] for name in ("stage", "curve", "exponent", "limit")} for one in found]), said, sep="\n")
+    print(
+        table([{name: one[name] for name in ("stage", "curve", "exponent", "limit")} for one in found]), said, sep="\n"
+    )
     print(f"written to {path} (.md, .png)")
     return path
 

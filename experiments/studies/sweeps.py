@@ -51,7 +51,9 @@ def points(sweep: dict[str, Any]) -> list[dict[str, Any]]:
     parameters = sweep["parameters"]
     choices = {name: given["values"] if "values" in given else [given["value"]] for name, given in parameters.items()}
     slowest_first = sorted(choices, key=lambda name: name != SEED)
-    found = [dict(zip(slowest_first, chosen, strict=True)) for chosen in itertools.product(*map(choices.get, slowest_first))]
+    found = [
+        dict(zip(slowest_first, chosen, strict=True)) for chosen in itertools.product(*map(choices.get, slowest_first))
+    ]
     return [{name: point[name] for name in choices} for point in found]
 
 

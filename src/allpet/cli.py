@@ -208,9 +208,7 @@ class AllpetCLI(LightningCLI):
             self.run.update(finished={"step": self.trainer.global_step, "limits": limits})
             rank_zero_info(f"Run {self.run.folder} has finished.")
 
-    def _check_memory(
-        self, config: Namespace, options: runs.RunOptions, geometry: ParallelBeam | None = None
-    ) -> None:
+    def _check_memory(self, config: Namespace, options: runs.RunOptions, geometry: ParallelBeam | None = None) -> None:
         budget, geometry = options.memory_budget_gb, geometry or geometry_of(config)
         if budget is None or geometry is None:
             return
