@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("sweep", help="name of a file in experiments/sweeps")
     parser.add_argument("--offline", action="store_true", help="use no account even where there is one")
-    parser.add_argument("--minutes", type=float, help="begin no point later than this; 0 only writes the report")
+    parser.add_argument("--minutes", type=float, help="begin no point later than this, without W&B; 0: only the report")
     parser.add_argument("--project", default="allpet", help="project of W&B")
     parser.add_argument("--reports", type=Path, default=FOLDER)
     options, others = parser.parse_known_args(arguments)

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from tiny_pet import GEOMETRY, TinyPET
 
@@ -236,6 +237,13 @@ def test_a_card_tells_only_what_it_may(tmp_path, monkeypatch):
     card = (tmp_path / "pretrained" / "README.md").read_text()
     assert "Doe" not in card
     assert "| folder |" not in card
+
+
+def test_split_weights_are_refused_before_they_are_trained(tmp_path, monkeypatch):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    monkeypatch.setattr(type(trainer), "strategy", ModelParallelStrategy())
+    with pytest.raises(ValueError, match=r"needs them whole: use --trainer\.strategy=ddp"):
+        callbacks.ExportPretrained().setup(trainer, stage_1(), "fit")
 
 
 def test_a_training_that_diverged_exports_nothing(tmp_path):

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -16,12 +18,13 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from allpet.cli import AllpetCLI, prepare
 from allpet.simulation.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import sweep as runner
+import sweep_point
 from studies.sweeps import FOLDER, changed, command_line, points, read_sweep
 from sweep_point import read_point
 
+ROOT = Path(__file__).parents[1]
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -196,6 +199,32 @@ def test_a_sweep_that_was_stopped_goes_on_and_draws_its_curve(tmp_path, monkeypa
     assert (tmp_path / "reports" / "sweep_low_dose.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="another bridge-steps"):
         walk(tmp_path, "--bridge-steps", "7")
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_a_point_keeps_its_numbers_and_tells_the_agent_that_asked(agent, tmp_path, monkeypatch):
+    said: list[Any] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float]) -> None:
+            said.append(numbers)
+
+        def finish(self) -> None:
+            said.append("finished")
+
+    trained: list[list[str]] = []
+    monkeypatch.setattr(sweep_point, "allpet", trained.append)
+    monkeypatch.setattr(sweep_point, "measure_few_shot", lambda point: {"kid_conv": 0.5})
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    if agent:
+        monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    (tmp_path / "few_shot" / "num_scans7-seed1").mkdir(parents=True)  # as the trainings leave it
+    path = sweep_point.main(["few_shot", "--data.num_scans=7", "--seed=1", f"--output={tmp_path}"])
+    assert path == tmp_path / "few_shot" / "num_scans7-seed1" / "metrics.json"
+    assert json.loads(path.read_text()) == {"kid_conv": 0.5}
+    assert [Path(words[4]).name for words in trained] == ["vae.yaml", "ldm.yaml"]
+    assert said == ([{"kid_conv": 0.5}, "finished"] if agent else [])
 
 
 TINY = (

@@ -173,7 +173,9 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
-    def forward(self, stack: Tensor, noise: Tensor | None = None, strip: bool = False) -> tuple[Decoded, Posterior]:
+    def forward(
+        self, stack: Tensor, noise: Tensor | None = None, strip: bool = False
+    ) -> tuple[Decoded, Posterior]:
         """Encode and decode a stack in network range.
 
         Args:

@@ -25,7 +25,7 @@ from allpet.prompts import TRACERS, Prompt, prompt_index
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, PairedBatch
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import OptimizerName
+from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.latents import Aside, LatentSystem
 
@@ -261,7 +261,7 @@ class LatentBridge(LatentSystem):
     def validation_step(self, batch: PairedBatch, batch_idx: int) -> None:
         """Log the same error at fixed times, and the error of the mean against the expected target."""
         size = len(batch.input)
-        self.log("val/loss", self._loss(batch, ("validation",)), prog_bar=True, batch_size=size, sync_dist=True)
+        log_mean(self, {"val/loss": self._loss(batch, ("validation",))}, size, prog_bar=True)
         self._log_errors("val", batch, BridgeSampling(nfe=1))
 
     def test_step(self, batch: PairedBatch, batch_idx: int) -> None:
@@ -406,8 +406,7 @@ class LatentBridge(LatentSystem):
             size = int(shown.sum())
             for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
                 value = metric(ours[shown], truth[shown]).sum() / max(size, 1)
-                # logged where none is left, too, with no weight: all processes must log the same
-                self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
+                log_mean(self, {f"{stage}/{what}{name}": value}, size)
 
     def _targets(self, batch: PairedBatch) -> Tensor:
         return batch.noisy if self.target == "noisy" else batch.expected
