@@ -246,6 +246,8 @@ def curves(done: Sequence[dict[str, Any]], across: Sequence[str], shown: dict[st
     for axis, (name, title) in zip(axes.flat, shown.items(), strict=False):
         for label, group in groups.items():
             found = sorted((row[SIZE], row[name]) for row in group if name in row)
+            if not found:
+                continue
             sizes = sorted({size for size, _ in found})
             means = [mean(value for size, value in found if size == one) for one in sizes]
             (line,) = axis.plot(sizes, means, label=label)

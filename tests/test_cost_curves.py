@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -54,3 +55,15 @@ def test_the_discs_are_read_from_the_cache_and_have_the_area_of_their_circle(tmp
     radius = batch.sinogram.amax((-1, -2)) / 2
     np.testing.assert_allclose(area, (torch.pi * radius.square())[..., None].expand_as(area), rtol=0.02)
     assert not torch.equal(batch.sinogram[0], batch.sinogram[1])
+
+
+def test_the_report_says_what_was_found(tmp_path, monkeypatch):
+    exponents = {"batch size": 1.0, "views x bins": 1.0, "slices": 0.0}
+    monkeypatch.setattr(cost, "measure", lambda quick, steps: made_up(exponents, cost.curves_to_measure(quick)))
+    path = cost.main(["--output", str(tmp_path)])
+    report = json.loads(path.read_text())
+    assert report["remarks"].count("as it should be") == 2
+    assert report["remarks"].count("no faster than the work") == 4
+    assert len(report["rows"]) == 22
+    assert {found["curve"] for found in report["fits"]} == set(exponents)
+    assert (tmp_path / "cost_curves.png").stat().st_size > 1000

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from fault_tools import HERE, VAE, in_a_fork
-from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
@@ -180,16 +179,23 @@ def test_where_a_launcher_started_all_the_samples_folder_is_named_and_made_by_th
     assert (tmp_path / "mine" / "run.json").is_file()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "ddp_find_unused_parameters_true"])
-def test_strategy_and_devices_are_options_like_any_other(strategy, monkeypatch):
+def test_strategy_devices_and_cluster_are_options_like_any_other(monkeypatch):
     from test_sweeps import Parsed
 
     from allpet.cli import prepare
 
     prepare()
     monkeypatch.setattr("sys.argv", ["allpet"])
-    config: Namespace = Parsed([*VAE, "--trainer.strategy", strategy, "--trainer.devices", "4"]).config.fit
-    assert (config.trainer.strategy, config.trainer.devices) == (strategy, 4)
+    slurm = "lightning.pytorch.plugins.environments.SLURMEnvironment"
+    parser = Parsed(VAE)._parser("fit")
+    for strategy in ("ddp", "fsdp", "ddp_find_unused_parameters_true"):
+        words = [*VAE[1:], "--trainer.strategy", strategy, "--trainer.devices", "4", "--trainer.num_nodes", "2"]
+        trainer = parser.parse_args(
+            [*words, "--trainer.plugins", slurm, "--trainer.plugins.auto_requeue=false"]
+        ).trainer
+        assert (trainer.strategy, trainer.devices, trainer.num_nodes) == (strategy, 4, 2)
+        assert trainer.plugins.class_path == slurm
+        assert trainer.plugins.init_args.auto_requeue is False
 
 
 @pytest.mark.slow
