@@ -193,7 +193,7 @@ def test_strategy_devices_and_cluster_are_options_like_any_other(monkeypatch):
         trainer = parser.parse_args(
             [*words, "--trainer.plugins", slurm, "--trainer.plugins.auto_requeue=false"]
         ).trainer
-        assert (trainer.strategy, trainer.devices, trainer.num_nodes) == (strategy, 4, 2)
+        assert (trainer.strategy, trainer.devices, trainer.num_nodes) == (strategy, "4", 2)
         assert trainer.plugins.class_path == slurm
         assert trainer.plugins.init_args.auto_requeue is False
 
