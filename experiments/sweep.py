@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import yaml
 from matplotlib.figure import Figure
 from studies.few_shot import spread
-from studies.rows import Outcome, Row, run_rows
+from studies.rows import Outcome, Row, collect, run_rows
 from studies.sweeps import SEED, SIZE, changed, command_line, point_key, points, read_sweep, swept
 from sweep_point import read_point
 
@@ -76,18 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sweep = changed(read_sweep(options.sweep), read_values(others))
     except ValueError as error:
         raise SystemExit(f"sweep: {error}") from error
+    rows = ready = rows_of(sweep)
+    folder = home(sweep, rows)
     if not options.offline and options.minutes is None and has_account():
         run_agent(sweep, options.project)
-        rows = [row for row in rows_of(sweep) if (read_folder(sweep, row) / "metrics.json").exists()]
-        if not rows:
-            raise SystemExit("sweep: No point of the sweep has ended on this machine: see the agent's output above.")
-    else:
-        rows = rows_of(sweep)
+        ready = [row for row in rows if (read_folder(sweep, row) / "metrics.json").exists()]  # others ran elsewhere
 
     def report(outcome: Outcome) -> Path:
         return write(options.sweep, sweep, outcome, options.reports)
 
-    outcome = run_rows(rows, home(sweep, rows), options.minutes, report)
+    run_rows(ready, folder, options.minutes, report)
+    outcome = collect(rows, folder)
     path = report(outcome)
     print(f"{len(outcome.done)} points, {len(outcome.not_run)} not run. Numbers: {path}")
 

@@ -201,6 +201,28 @@ def test_a_sweep_that_was_stopped_goes_on_and_draws_its_curve(tmp_path, monkeypa
         walk(tmp_path, "--bridge-steps", "7")
 
 
+def test_with_an_account_the_sweep_is_created_and_its_agent_walks_it(tmp_path, monkeypatch):
+    created: list[dict] = []
+
+    def run(command, **options):
+        assert command == [sys.executable, "-m", "wandb", "agent", "--project", "mine", "abc"]
+        assert options["env"]["PATH"].startswith(str(Path(sys.executable).parent)), "agents call for python"
+        folder = read_point(runner._options(command_line(created[0], points(created[0])[0]))).folder
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"psnr": 20.0, "relative_l2": 0.1, "val_loss": 0.1}))
+
+    monkeypatch.setattr(runner, "has_account", lambda: True)
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    wandb = types.SimpleNamespace(sweep=lambda sweep, project: created.append(sweep) or "abc")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    where = ["--output", str(tmp_path / "sweeps"), "--reports", str(tmp_path), "--project", "mine"]
+    runner.main(["delayed", "--sizes", "10", "20", "--seeds", "0", *where])
+    assert created[0]["parameters"]["data.num_scans"] == {"values": [10, 20]}
+    report = json.loads((tmp_path / "sweep_delayed.json").read_text())
+    assert [row["data.num_scans"] for row in report["rows"]] == [10]
+    assert report["not_run"] == ["num_scans20-seed0"]
+
+
 @pytest.mark.parametrize("agent", [False, True])
 def test_a_point_keeps_its_numbers_and_tells_the_agent_that_asked(agent, tmp_path, monkeypatch):
     said: list[Any] = []
