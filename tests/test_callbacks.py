@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
@@ -202,6 +204,28 @@ def test_statistics_are_logged_for_the_validation_set(tmp_path):
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {f"latent/std_{channel}" for channel in range(4)} <= set(header)
     assert "memory/peak_gib" in header
+
+
+def test_unequal_shares_of_processes_give_the_moments_of_the_whole():
+    system, data = stage_1().eval(), TinyPET()
+    data.setup()
+    shares = []
+
+    def reduce(share, reduce_op):
+        assert reduce_op == "sum"
+        shares.append(share)
+        return sum(shares)
+
+    strategy = SimpleNamespace(batch_to_device=lambda batch, dataloader_idx: batch, reduce=reduce)
+
+    def measure(rows, world_size):
+        trainer = SimpleNamespace(world_size=world_size, strategy=strategy)
+        return callbacks.LatentStatistics._measure(trainer, system, [data.train_set[list(rows)]])
+
+    whole = measure(range(16), 1)
+    measure(range(11), 2)
+    for mine, theirs in zip(measure(range(11, 16), 2), whole, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_latent_statistics_of_stage_2_are_refused(tmp_path):
