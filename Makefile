@@ -3,6 +3,7 @@
 #   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; restore: TASK, DATA and RESTORE_ARGS;
 #   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines;
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
+#   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
 #   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
 #   PIP_ARGS="..." is appended to pip's.
 
@@ -16,6 +17,8 @@ CONFIG ?=
 PAIRS ?=
 NAME ?=
 STUDY ?=
+SWEEP ?=
+OFFLINE ?=
 REAL ?=
 FAKE ?=
 TRAIN ?=
@@ -116,6 +119,11 @@ study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines ARG
 	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines)."; exit 1; }
 	$(BIN)/python experiments/study.py $(STUDY) $(ARGS)
 
+sweep: $(READY) ## A grid of trainings and its curve, with W&B or without (SWEEP=few_shot or a task, OFFLINE=1); resumable
+	@test -f "experiments/sweeps/$(SWEEP).yaml" || \
+		{ echo "Name the sweep: make sweep SWEEP=few_shot (low_dose, attenuation, delayed, separation, conversion)."; exit 1; }
+	$(BIN)/python experiments/sweep.py $(SWEEP) $(if $(OFFLINE),--offline) $(ARGS)
+
 validate-data: $(READY) ## Check a folder of sinograms or images (DATA= KIND=)
 	@test -n "$(DATA)" || { echo "Name the folder to check: make validate-data DATA=folder."; exit 1; }
 	$(BIN)/python -m data_modules.validate "$(DATA)" --kind $(KIND) $(ARGS)
@@ -128,6 +136,9 @@ memory: $(READY) ## Estimate a training's peak memory, no GPU needed (CONFIG="a.
 benchmark: $(READY) ## Projector, masks, reconstruction and training steps beside other ways to do the same; 20 minutes
 	$(BIN)/python experiments/benchmarks/benchmark.py $(ARGS)
 	$(BIN)/python experiments/benchmarks/throughput.py $(filter --quick,$(ARGS))
+
+cost-curves: $(READY) ## Time per training step against batch, views x bins and data set size; 3 minutes
+	$(BIN)/python experiments/benchmarks/cost_curves.py $(ARGS)
 
 gpu-check: ## All that needs a GPU: tests, benchmark, training (PYTHON= any interpreter with torch; installs nothing)
 	$(CHECK_PYTHON) experiments/benchmarks/gpu_check.py $(ARGS)

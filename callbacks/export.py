@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 import allpet
@@ -40,6 +41,18 @@ class ExportPretrained(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything is trained, what could not be exported in the end.
+
+        Raises:
+            ValueError: if the weights will be split over devices.
+        """
+        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                "The strategy splits the weights over devices, and callbacks.ExportPretrained needs them whole: use "
+                "--trainer.strategy=ddp, or leave that callback out and keep the checkpoints."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first process."""

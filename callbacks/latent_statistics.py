@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,15 +73,23 @@ class LatentStatistics(Callback):
 
     @staticmethod
     def _measure(trainer: Trainer, system: AutoencoderSystem, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
-        mean, std = system.measure_latents(batches)
+        seen = 0
+
+        def batches() -> Iterator[Any]:
+            nonlocal seen
+            for batch in loader:
+                seen += len(batch.sample_id)
+                yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+        mean, std = system.measure_latents(batches())
         mean, std = mean.to(system.device), std.to(system.device)
         if trainer.world_size == 1:
             return mean, std
-        # each process saw its share: combine the moments
-        squares = trainer.strategy.reduce(std.square() + mean.square(), reduce_op="mean")
-        mean = trainer.strategy.reduce(mean, reduce_op="mean")
-        return mean, (squares - mean.square()).clamp(min=0).sqrt()
+        # each process saw its share, which may be a slice more or less than another's: combine the moments
+        weighted = seen * torch.stack([torch.ones_like(mean), mean, std.square() + mean.square()])
+        count, total, squares = trainer.strategy.reduce(weighted, reduce_op="sum")
+        mean = total / count
+        return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
 def _text(values: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from allpet.systems.baselines.base import SinogramGenerator
 from allpet.systems.latent_diffusion import Samples
 from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
 
+_ROWS = 64  # joined at a time
+
 
 class SampleWriter(Callback):
     """Write what ``allpet predict`` generates.
@@ -26,7 +30,8 @@ class SampleWriter(Callback):
     ``samples.h5`` holds ``sinogram`` (n, views, bins), ``image`` (n, rows, columns; FBP), ``seed`` (n,) and ``prompt``
     (n,), and says in its attributes that it is synthetic, in which units and geometry, and how it was sampled;
     ``gallery.png`` shows sinograms with their images, ``transition.gif`` how the first ones emerge from noise. All lie
-    in the run's folder; with several processes each writes its own.
+    in the run's folder. Each of several processes writes a file of its own there, and the first joins them at the end,
+    in the order of the seeds.
 
     Args:
         n_gallery: samples in the gallery.
@@ -37,8 +42,6 @@ class SampleWriter(Callback):
         self.n_gallery, self.n_transition = n_gallery, n_transition
         self._file: h5py.File | None = None
         self._radon: Radon | None = None
-        self._shown: list[tuple[Tensor, Tensor, str]] = []
-        self._asked: list[tuple[str, int]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse systems that do not generate.
@@ -64,27 +67,43 @@ class SampleWriter(Callback):
         images = fbp(self._radon, outputs.sinogram.float())
         names, seeds = outputs.prompt.names(), outputs.seed.tolist()
         if self._file is None:
-            self._file = self._create(trainer, pl_module, outputs.geometry)
+            part = self._part(trainer, trainer.global_rank)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _create(part, pl_module, outputs.geometry)
         _append(self._file["sinogram"], outputs.sinogram[:, 0].float().cpu().numpy())
         _append(self._file["image"], images[:, 0].cpu().numpy())
         _append(self._file["seed"], np.asarray(seeds, dtype=np.int64))
         _append(self._file["prompt"], np.asarray(names, dtype=object))
-        for i in range(min(len(names), self.n_gallery - len(self._shown))):
-            self._shown.append((outputs.sinogram[i, 0].cpu(), images[i, 0].cpu(), f"{names[i]}\nseed {seeds[i]}"))
-        self._asked += list(zip(names, seeds, strict=True))[: self.n_transition - len(self._asked)]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file, draw the gallery and the animation, and say where they are."""
-        if self._file is None:
+        """Join the processes' files, draw the gallery and the animation, and say where they are."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        trainer.strategy.barrier()
+        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+        parts = [part for part in parts if part.exists()]
+        if not trainer.is_global_zero or not parts:
             return
-        path = self._path(trainer, "samples.h5")
-        self._file.close()
-        os.replace(path.with_name(f".{path.name}.part"), path)
-        self._file = None
-        written = [path, save_figure(gallery(self._shown), self._path(trainer, "gallery.png"))]
-        if self._asked and isinstance(pl_module, LatentDiffusion):  # others have nothing in between to show
-            names, seeds = zip(*self._asked, strict=True)
-            written.append(transition(pl_module, names, seeds, self._path(trainer, "transition.gif")))
+        folder = Path(trainer.default_root_dir)
+        path = folder / "samples.h5"
+        if len(parts) > 1:
+            _join(parts, folder / ".samples.h5.part", pl_module)
+            parts = [folder / ".samples.h5.part"]
+        os.replace(parts[0], path)
+        with h5py.File(path, "r") as file:
+            n = max(self.n_gallery, self.n_transition)
+            names, seeds = file["prompt"].asstr()[:n].tolist(), file["seed"][:n].tolist()
+            shown = [
+                (torch.from_numpy(sinogram), torch.from_numpy(image), f"{name}\nseed {seed}")
+                for sinogram, image, name, seed in zip(
+                    file["sinogram"][: self.n_gallery], file["image"][: self.n_gallery], names, seeds, strict=False
+                )
+            ]
+        written = [path, save_figure(gallery(shown), folder / "gallery.png")]
+        asked = names[: self.n_transition], seeds[: self.n_transition]
+        if asked[0] and isinstance(pl_module, LatentDiffusion):  # others have nothing in between to show
+            written.append(transition(pl_module, *asked, folder / "transition.gif"))
         print("Wrote", ", ".join(map(str, written)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -95,31 +114,9 @@ class SampleWriter(Callback):
             self._file = None
             name.unlink(missing_ok=True)
 
-    def _create(self, trainer: Trainer, system: LightningModule, geometry: ParallelBeam) -> h5py.File:
-        path = self._path(trainer, "samples.h5")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = h5py.File(path.with_name(f".{path.name}.part"), "w")
-        for name, shape in (("sinogram", geometry.sinogram_shape), ("image", geometry.image_shape)):
-            file.create_dataset(
-                name, (0, *shape), "float32", maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
-            )
-        file.create_dataset("seed", (0,), "int64", maxshape=(None,))
-        file.create_dataset("prompt", (0,), h5py.string_dtype(), maxshape=(None,))
-        file["sinogram"].attrs.update(axes="slice, view, bin", units="activity x mm, in the units of the training data")
-        file["image"].attrs.update(axes="slice, row, column", units="activity, by filtered backprojection (Hann)")
-        file.attrs.update(
-            provenance="synthetic",
-            generator=f"allpet {allpet.__version__} {type(system).__name__}",
-            geometry=json.dumps(geometry.to_dict()),
-            sampling=repr(getattr(system, "sampling", None)),
-        )
-        return file
-
     @staticmethod
-    def _path(trainer: Trainer, name: str) -> Path:
-        stem, suffix = name.split(".")
-        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return Path(trainer.default_root_dir) / f"{stem}{rank}.{suffix}"
+    def _part(trainer: Trainer, rank: int) -> Path:
+        return Path(trainer.default_root_dir) / f".samples-{rank}.h5.part"
 
 
 def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], n_columns: int = 4) -> Any:
@@ -170,6 +167,42 @@ def transition(system: LatentDiffusion, prompts: Sequence[str], seeds: Sequence[
         for sinograms, images, _ in moments
     ]
     return save_animation(frames, [label for _, _, label in moments], path)
+
+
+def _create(path: Path, system: LightningModule, geometry: ParallelBeam) -> h5py.File:
+    """Begin a file of samples."""
+    file = h5py.File(path, "w")
+    for name, shape in (("sinogram", geometry.sinogram_shape), ("image", geometry.image_shape)):
+        file.create_dataset(
+            name, (0, *shape), "float32", maxshape=(None, *shape), chunks=(1, *shape), compression="gzip"
+        )
+    file.create_dataset("seed", (0,), "int64", maxshape=(None,))
+    file.create_dataset("prompt", (0,), h5py.string_dtype(), maxshape=(None,))
+    file["sinogram"].attrs.update(axes="slice, view, bin", units="activity x mm, in the units of the training data")
+    file["image"].attrs.update(axes="slice, row, column", units="activity, by filtered backprojection (Hann)")
+    file.attrs.update(
+        provenance="synthetic",
+        generator=f"allpet {allpet.__version__} {type(system).__name__}",
+        geometry=json.dumps(geometry.to_dict()),
+        sampling=repr(getattr(system, "sampling", None)),
+    )
+    return file
+
+
+def _join(parts: Sequence[Path], path: Path, system: LightningModule) -> None:
+    """Put the samples of several files into one, in the order of their seeds, and remove those files."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(h5py.File(part, "r")) for part in parts]
+        geometry = ParallelBeam(**json.loads(files[0].attrs["geometry"]))
+        whole = stack.enter_context(_create(path, system, geometry))
+        places = sorted((seed, k, row) for k, file in enumerate(files) for row, seed in enumerate(file["seed"][:]))
+        for start in range(0, len(places), _ROWS):
+            chosen = places[start : start + _ROWS]
+            for name in ("sinogram", "image", "seed"):
+                _append(whole[name], np.stack([files[k][name][row] for _, k, row in chosen]))
+            _append(whole["prompt"], np.asarray([files[k]["prompt"][row] for _, k, row in chosen], dtype=object))
+    for part in parts:
+        part.unlink()
 
 
 def _append(dataset: h5py.Dataset, values: np.ndarray) -> None:

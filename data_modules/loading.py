@@ -20,6 +20,7 @@ class KeyedBatches(DistributedSampler):
 
     The slices of an epoch are spread evenly over its batches and devices: nothing is dropped or repeated, every device
     has the same number of batches, and batches differ by at most one slice (33 slices in batches of 32 are 17 + 16).
+    What n devices train on together in a step is what one would with n times the batch.
     No batch is empty: in batches of one, where devices do not divide the number of slices, a few hold two.
 
     A ``DistributedSampler`` by type, so that Lightning calls ``set_epoch`` and does not put its own, which repeats
@@ -53,9 +54,8 @@ class KeyedBatches(DistributedSampler):
             order = torch.arange(self.n_slices)
         else:
             order = torch.randperm(self.n_slices, generator=keyed_generator(self.key, self.epoch, "order"))
-        pieces = torch.tensor_split(order, self.n_batches * self.num_replicas)
-        for piece in pieces[self.rank :: self.num_replicas][self.start :]:
-            yield piece.tolist()
+        for together in torch.tensor_split(order, self.n_batches)[self.start :]:
+            yield torch.tensor_split(together, self.num_replicas)[self.rank].tolist()
 
 
 class ResumableLoader(DataLoader):

@@ -52,6 +52,8 @@ def convert(
 ) -> Path:
     """Convert a folder to a native data set; memory does not grow with the folder.
 
+    One process does it: it is bound by reading, the file is written once, and what was interrupted is continued.
+
     Args:
         folder: of files that ``allpet.io.read_scan`` takes.
         path: of the data set, ending in .h5.

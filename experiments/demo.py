@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
+from studies.training import data_of_run
 from torch import Tensor
 
 from allpet import AutoencoderSystem, LatentDiffusion, ParallelBeam, Prompt, Radon, Sampling, SinogramBatch, fbp, osem
@@ -50,16 +49,6 @@ def train(stage: str, folder: Path, seed: int, steps: int | None, extra: list[st
     ]
     allpet(words + ([f"--trainer.max_steps={steps}"] if steps else []) + extra)
     return newest_pretrained(folder / stage)
-
-
-def data_of_run(run: Path) -> SimulatedPET:
-    """Make the data that a run was trained on, from its resolved configuration."""
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(SimulatedPET, "data")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    data: SimulatedPET = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
-    data.setup()
-    return data
 
 
 def held_out(data: SimulatedPET, prompt: str) -> SinogramBatch:
@@ -139,7 +128,7 @@ def look(
     """Generate, draw and measure with two trained stages; return the rows of the table and the gallery."""
     model = LatentDiffusion.from_pretrained(ldm_folder, SAMPLING)
     autoencoder = AutoencoderSystem.from_pretrained(vae_folder)
-    data = data_of_run(ldm_folder.parent)
+    data = data_of_run(ldm_folder.parent, SimulatedPET)
     radon, prompts = data.radon, list(data.prompts)
     real = {prompt: held_out(data, prompt) for prompt in prompts}
     generated = {

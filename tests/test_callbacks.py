@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from tiny_pet import GEOMETRY, TinyPET
 
@@ -203,6 +206,28 @@ def test_statistics_are_logged_for_the_validation_set(tmp_path):
     assert "memory/peak_gib" in header
 
 
+def test_unequal_shares_of_processes_give_the_moments_of_the_whole():
+    system, data = stage_1().eval(), TinyPET()
+    data.setup()
+    shares = []
+
+    def reduce(share, reduce_op):
+        assert reduce_op == "sum"
+        shares.append(share)
+        return sum(shares)
+
+    strategy = SimpleNamespace(batch_to_device=lambda batch, dataloader_idx: batch, reduce=reduce)
+
+    def measure(rows, world_size):
+        trainer = SimpleNamespace(world_size=world_size, strategy=strategy)
+        return callbacks.LatentStatistics._measure(trainer, system, [data.train_set[list(rows)]])
+
+    whole = measure(range(16), 1)
+    measure(range(11), 2)
+    for mine, theirs in zip(measure(range(11, 16), 2), whole, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_latent_statistics_of_stage_2_are_refused(tmp_path):
     with pytest.raises(TypeError, match="belong to stage 1"):
         fit(tmp_path, stage_2(), callbacks.LatentStatistics())
@@ -236,6 +261,13 @@ def test_a_card_tells_only_what_it_may(tmp_path, monkeypatch):
     card = (tmp_path / "pretrained" / "README.md").read_text()
     assert "Doe" not in card
     assert "| folder |" not in card
+
+
+def test_split_weights_are_refused_before_they_are_trained(tmp_path, monkeypatch):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    monkeypatch.setattr(type(trainer), "strategy", ModelParallelStrategy())
+    with pytest.raises(ValueError, match=r"needs them whole: use --trainer\.strategy=ddp"):
+        callbacks.ExportPretrained().setup(trainer, stage_1(), "fit")
 
 
 def test_a_training_that_diverged_exports_nothing(tmp_path):

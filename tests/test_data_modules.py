@@ -94,6 +94,14 @@ def test_no_batch_is_empty(batch_size: int, world_size: int) -> None:
         assert max(sizes) <= (2 if batch_size == 1 and n_slices % world_size else batch_size)
 
 
+@pytest.mark.parametrize("n_slices", [16, 17, 33, 47])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_devices_train_together_on_what_one_would_with_a_larger_batch(n_slices: int, world_size: int) -> None:
+    alone = list(KeyedBatches(n_slices, 4 * world_size, 0))
+    shares = zip(*(KeyedBatches(n_slices, 4, 0, rank, world_size) for rank in range(world_size)), strict=True)
+    assert [[i for share in step for i in share] for step in shares] == alone
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         sampler = KeyedBatches(40, 8, seed)

@@ -134,6 +134,10 @@ def test_make_lists_every_target():
         (["train-vae", "DATA=my data", "KIND=image"], '--data.folder "my data" --data.kind image'),
         (["train-ldm", "SCALE=gpu24", "ARGS=--trainer.devices 2"], "scale/gpu24.yaml"),
         (["sample", "N=3", "PROMPT=FDG:brain", "VIEWS=96"], "--data.n_samples 3 --data.prompts '[\"FDG:brain\"]'"),
+        (
+            ["sweep", "SWEEP=low_dose", "OFFLINE=1", "ARGS=--seeds 0"],
+            "experiments/sweep.py low_dose --offline --seeds 0",
+        ),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
         (["gpu-check", "PYTHON=/opt/python"], "/opt/python experiments/benchmarks/gpu_check.py"),

@@ -35,6 +35,8 @@ COMMANDS: dict[str, str | None] = {
     "make sample N=16 PROMPT=PSMA:abdomen VIEWS=96 BINS=128 COUNTS=1e6": "--model.sampling.steps=2",
     'make train-vae ARGS="--trainer.max_steps=3000 --data.num_scans=100"': TINY,
     "make train-ldm SCALE=gpu24": None,  # test_experiments parses it; it needs the GPU it is for
+    'make train-ldm SCALE=gpu24 ARGS="--trainer.devices 4 --trainer.strategy ddp"': None,  # test_distributed
+    'make sweep SWEEP=few_shot ARGS="--sizes 100 500 2000 --seeds 0 1"': None,  # test_sweeps trains a smaller one
     'WANDB_MODE=offline make train-vae ARGS="--trainer.logger=WandbLogger"': TINY,
     f"allpet fit {FILES} --print_config": "",
     "make validate-data DATA=my_scans": "",

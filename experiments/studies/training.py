@@ -10,23 +10,27 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Sampling
 from allpet.cli import main as allpet
 from allpet.evaluation.classifier import PromptClassifier, train_classifier
 from allpet.evaluation.suite import Evaluation, evaluate
+from allpet.privacy import with_home
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
 from allpet.systems.latent_diffusion import Samples, add_counting_noise
-from data_modules import SimulatedPET
+from data_modules import SimulatedPET, SinogramDataModule
 from data_modules.simulated import PAPER_PROMPTS
 
 VAL_PATIENTS, TEST_PATIENTS = 35, 70
 HERE = Path(__file__).parents[1]
+Data = TypeVar("Data", bound=SinogramDataModule)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,21 @@ def train(recipe: Recipe, budget: Budget, folder: Path, cache: str) -> dict[str,
         allpet(recipe.words(stage, budget, folder, cache))
         seconds[f"{stage}_seconds"] = round(time.perf_counter() - began, 1)
     return seconds
+
+
+def data_of_run(run: Path, kind: type[Data]) -> Data:
+    """Make the data that a run was trained on, from its resolved configuration.
+
+    Args:
+        run: folder of the run.
+        kind: class that the data module must be of.
+    """
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(kind, "data")
+    config = with_home(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    data: Data = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data.setup()
+    return data
 
 
 class Generates(Protocol):

@@ -41,6 +41,7 @@ from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, on_the_disk, trim
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
+_NO_NAME = "Several processes were started from outside: name their common run with --run.name=NAME."
 
 
 def main(args: ArgsType = None) -> None:
@@ -124,7 +125,7 @@ class AllpetCLI(LightningCLI):
                 key = runs.fingerprint(self._plain(config), data.data_hash, weights)  # type: ignore[attr-defined]
                 self._choose_run(config, options, key, data.data_hash)  # type: ignore[attr-defined]
             elif keep and self.subcommand == "predict":
-                self.folder = _shared_folder() or runs.create_run(str(options.root), name=options.name).folder
+                self.folder = _new_folder(options)
                 os.environ[_SHARED_RUN] = str(self.folder)
             if self.finished:
                 return
@@ -194,6 +195,13 @@ class AllpetCLI(LightningCLI):
         kept = runs.usable_checkpoint(self.run.checkpoints)
         return f" The same command continues at step {kept[1]}." if kept else " No checkpoint had been written yet."
 
+    def before_fit(self) -> None:
+        """Where a launcher has started all processes, continue from the checkpoint that the first has chosen."""
+        if self.run is not None and _launched_from_outside():
+            self.trainer.strategy.setup_environment()  # fit() does so again, to no effect
+            chosen = self.config_init[self.subcommand].ckpt_path
+            self.config_init[self.subcommand].ckpt_path = self.trainer.strategy.broadcast(chosen)
+
     def after_fit(self) -> None:
         """Record that the run has finished."""
         for logger in self.trainer.loggers:
@@ -229,9 +237,7 @@ class AllpetCLI(LightningCLI):
         elif options.name is not None:
             run = _named_run(root / options.name, options, key, data_hash)
         elif _launched_from_outside():
-            raise RuntimeError(
-                "Several processes were started from outside: name their common run with --run.name=NAME."
-            )
+            raise RuntimeError(_NO_NAME)
         else:
             for folder in runs.lost_runs(root) if first else ():
                 rank_zero_info(f"{folder} has checkpoints but no readable run.json: its training is not continued.")
@@ -246,6 +252,8 @@ class AllpetCLI(LightningCLI):
         done, max_steps = run.record.get("finished"), config.trainer.max_steps
         if done and (done["limits"] == _limits(config.trainer) or 0 < max_steps <= done["step"]):
             self.finished = True
+            return
+        if not first and shared is None:  # the first process tidies the run at this moment, and decides (before_fit)
             return
         newest = runs.usable_checkpoint(run.checkpoints)
         if newest and 0 < max_steps < newest[1]:
@@ -344,6 +352,18 @@ def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
             hashes.append(runs.weights_hash(arguments[key]))
             rank_zero_info(f"Builds on {arguments[key]}.")
     return "-".join(hashes)
+
+
+def _new_folder(options: runs.RunOptions) -> Path:
+    """Return the folder of what is generated, which the first process makes."""
+    shared = _shared_folder()
+    if shared is not None:
+        return shared
+    if _launched_from_outside() and options.name is None:
+        raise RuntimeError(_NO_NAME)
+    if _rank() != 0:
+        return Path(str(options.root)) / str(options.name)
+    return runs.create_run(str(options.root), name=options.name).folder
 
 
 def _named_run(folder: Path, options: runs.RunOptions, key: str, data_hash: str) -> runs.Run:

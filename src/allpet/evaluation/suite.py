@@ -148,7 +148,7 @@ def evaluate(
         if fake_prompts is None or real_prompts is None:
             raise ValueError("A classifier judges prompts, but they are not given; pass fake_prompts and real_prompts.")
         shown = [Prompt(*(half[a:b] for half in real_prompts)) for a, b in ((0, len(real)), (len(real), None))]
-        asked = [shown[0], fake_prompts, *shown[1:]][: len(sets)]
+        asked = list([shown[0], fake_prompts, *shown[1:]][: len(sets)])
     radon = Radon(geometry)
     extractors: dict[str, Features] = {"conv": RandomConvolutions.of(real, seed)}
     if encoder is not None:
@@ -167,7 +167,8 @@ def evaluate(
             assert prompt is not None
             one.values["obeyed"] = classifier.obeyed(x, prompt)
     scale = float(real.square().mean().sqrt())
-    values, floors = [], []
+    values: list[dict[str, float]] = []
+    floors: list[dict[str, float]] = []
     for repeat in range(repeats):
         generator = keyed_generator(seed, repeat, "real halves")
         half, other = _halves(patients, len(real), generator)

@@ -19,7 +19,7 @@ from allpet.models.discriminator import PatchDiscriminator
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
 from allpet.symmetry import strip
-from allpet.systems.base import CosineSystem, OptimizerName
+from allpet.systems.base import CosineSystem, OptimizerName, log_mean
 
 
 class AutoencoderSystem(CosineSystem):
@@ -146,9 +146,9 @@ class AutoencoderSystem(CosineSystem):
         losses["kl"] = kl_divergence(posterior.mean.float(), posterior.log_variance.float())
         full = self.autoencoder.scaling.inverse(decoded.full)
         size = len(batch.sinogram)
-        self.log("val/loss", self._total(losses), prog_bar=True, batch_size=size, sync_dist=True)
+        log_mean(self, {"val/loss": self._total(losses)}, size, prog_bar=True)
         self._log_error("val/relative_l2", full, batch)
-        self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
+        log_mean(self, {f"val/{name}": value for name, value in losses.items()}, size)
 
     def test_step(self, batch: SinogramBatch, batch_idx: int) -> None:
         """Log the relative L2 error of reconstruction and of the noisy input against the expected sinogram."""
@@ -237,9 +237,9 @@ class AutoencoderSystem(CosineSystem):
     def _log_error(self, name: str, sinogram: Tensor, batch: SinogramBatch) -> None:
         # relative to nothing, an error is infinite: slices without activity are left out
         active = batch.expected.flatten(1).any(dim=1)
-        if active.any():
-            error = relative_l2(sinogram[active], batch.expected[active]).mean()
-            self.log(name, error, batch_size=int(active.sum()), sync_dist=True)
+        size = int(active.sum())
+        error = relative_l2(sinogram[active], batch.expected[active]).sum() / max(size, 1)
+        log_mean(self, {name: error}, size)
 
     def _losses(self, output: Tensor, mask: Tensor, target: Tensor, batch: SinogramBatch) -> dict[str, Tensor]:
         losses = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,22 @@ OptimizerName = Literal["adamw", "muon"]
 
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
+
+
+def log_mean(system: LightningModule, values: Mapping[str, Tensor], size: int, prog_bar: bool = False) -> None:
+    """Log means over the slices of a batch so that, over batches and processes, every slice counts the same.
+
+    All processes must log the same names; what has no slice in a batch is logged with size 0.
+
+    Args:
+        system: that logs.
+        values: means by name.
+        size: number of slices that they are means over.
+        prog_bar: whether the progress bar shows them.
+    """
+    # Lightning takes the mean of the processes' counts in the counts' own type: of 3 and 2 it would be 2
+    count: Any = float(size)
+    system.log_dict(values, prog_bar=prog_bar, batch_size=count, sync_dist=True)
 
 
 class CosineSystem(LightningModule, ABC):

@@ -28,7 +28,7 @@ from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import OptimizerName
+from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.latents import Aside, LatentSystem
 
 
@@ -293,7 +293,7 @@ class LatentDiffusion(LatentSystem):
         generators = [keyed_generator("validation", sample, "diffusion") for sample in batch.sample_id.tolist()]
         time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators])
         loss = self._loss(self.encode(batch), batch.symmetry, time, generators, batch.prompt)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.sinogram), sync_dist=True)
+        log_mean(self, {"val/loss": loss}, len(batch.sinogram), prog_bar=True)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Samples:
         """Generate one sinogram for each prompt and seed."""

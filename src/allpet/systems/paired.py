@@ -27,7 +27,7 @@ from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import PairedBatch
-from allpet.systems.base import OptimizerName
+from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
 from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
@@ -251,7 +251,7 @@ class PairedSystem(LatentSystem):
     def validation_step(self, batch: PairedBatch, batch_idx: int) -> None:
         """Log the same error at fixed times, and the error of a quick result against the expected target."""
         size = len(batch.input)
-        self.log("val/loss", self._loss(batch, ("validation",)), prog_bar=True, batch_size=size, sync_dist=True)
+        log_mean(self, {"val/loss": self._loss(batch, ("validation",))}, size, prog_bar=True)
         self._log_errors("val", batch, self.quick_sampling())
 
     def test_step(self, batch: PairedBatch, batch_idx: int) -> None:
@@ -432,10 +432,10 @@ class PairedSystem(LatentSystem):
         for name, result in (("", restored), ("_input", given)):
             ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
             shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
-            if shown.any():
-                for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
-                    value, size = metric(ours[shown], truth[shown]).mean(), int(shown.sum())
-                    self.log(f"{stage}/{what}{name}", value, batch_size=size, sync_dist=True)
+            size = int(shown.sum())
+            for what, metric in (("relative_l2", relative_l2), ("psnr", psnr)):
+                value = metric(ours[shown], truth[shown]).sum() / max(size, 1)
+                log_mean(self, {f"{stage}/{what}{name}": value}, size)
 
     def _targets(self, batch: PairedBatch) -> Tensor:
         return batch.noisy if self.target == "noisy" else batch.expected

@@ -20,6 +20,7 @@ from allpet.models.generator import Generator
 from allpet.pretrained import load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
+from allpet.systems.base import log_mean
 from allpet.systems.baselines.base import SinogramSystem
 
 
@@ -160,7 +161,7 @@ class SinogramGAN(SinogramSystem):
             "val/fake_score": self.discriminator(fake, batch.prompt).mean(),
             "val/activity": fake.mean() / real.mean().clamp(min=1e-6) - 1,
         }
-        self.log_dict(values, batch_size=len(real), sync_dist=True)
+        log_mean(self, values, len(real))
 
     def generate(self, prompt: Prompt, seeds: Sequence[int]) -> Tensor:
         """Generate sinograms in data units, ``(batch, 1, views, bins)``."""

@@ -18,7 +18,7 @@ from allpet.models.denoiser import Denoiser
 from allpet.pretrained import load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
-from allpet.systems.base import OptimizerName
+from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.baselines.base import SinogramSystem
 
 # Slices that the mean and standard deviation are measured on, evenly spread.
@@ -144,7 +144,7 @@ class ScoreModel(SinogramSystem):
         """Log the same error at noise that is fixed for each slice."""
         generators = [keyed_generator("validation", sample, "score") for sample in batch.sample_id.tolist()]
         loss = self._loss(batch, generators, batch.prompt)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.sinogram), sync_dist=True)
+        log_mean(self, {"val/loss": loss}, len(batch.sinogram), prog_bar=True)
 
     def generate(self, prompt: Prompt, seeds: Sequence[int]) -> Tensor:
         """Generate sinograms in data units, ``(batch, 1, views, bins)``."""
