@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from allpet import Autoencoder, ParallelBeam, Radon, fbp, symmetry
-from allpet.evaluation import copies, distances, features, spectra
+from allpet.evaluation import copies, denoising_utility, distances, features, spectra
 from allpet.metrics import radial_power_spectrum
 from allpet.randomness import keyed_generator
 
@@ -251,3 +251,28 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_CHUNK_BYTES", 16 * 4 * 25 * 6)
     for ours, theirs in zip(copies.nearest_modulo_symmetry(samples, training, GEOMETRY), whole, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def discs(n: int, seed: int, radius: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    s = torch.arange(24) - 11.5
+    place = 8 * torch.rand(n, 2, generator=generator) - 4
+    angle = torch.arange(16) * math.pi / 16
+    centre = place[:, :1] * angle.cos() + place[:, 1:] * angle.sin()
+    return 2 * (radius**2 - (s - centre[..., None]) ** 2).clamp(min=0).sqrt()[:, None]
+
+
+def test_slices_are_useful_if_they_are_like_real_ones() -> None:
+    """A denoiser that has seen discs denoises discs; one that has seen blank slices blanks them."""
+    training, held_out = discs(40, 0, 5.0), discs(24, 1, 5.0)
+    noisy = torch.poisson(held_out * 2, generator=torch.Generator().manual_seed(2)) / 2
+    found = {
+        name: denoising_utility(fake, training, noisy, held_out, steps=60)
+        for name, fake in {"alike": discs(40, 3, 5.0), "blank": torch.full((40, 1, 16, 24), 0.1)}.items()
+    }
+    alike, blank = found["alike"], found["blank"]
+    assert alike.real == blank.real < 0.9 * alike.nothing
+    assert alike.synthetic == pytest.approx(alike.real, rel=0.1)
+    assert blank.synthetic > 1.2 * alike.synthetic
+    with pytest.raises(ValueError, match="at least one of each, the last two alike"):
+        denoising_utility(training[:0], training, noisy, held_out)

@@ -60,6 +60,8 @@ SHOWN = (
     "hl_residual",
     "copy_rate",
     "prompt_obeyed",
+    "utility_synthetic",
+    "utility_real",
     "parameters",
     "training_tflop",
     "sampling_gflop",
@@ -90,6 +92,7 @@ def _measure(
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
     numbers = bench.judge(fake, prompt, n).numbers
+    numbers |= bench.use(fake, n)
     return {
         "parameters": cost.total if cost else 0,
         "training_tflop": flops / 1e12,

@@ -21,6 +21,7 @@ from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Sampling
 from allpet.cli import main as allpet
 from allpet.evaluation.classifier import PromptClassifier, train_classifier
 from allpet.evaluation.suite import Evaluation, evaluate
+from allpet.evaluation.utility import denoising_utility
 from allpet.privacy import with_home
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
@@ -243,6 +244,13 @@ class Bench:
             fake_prompts=prompt,
             real_prompts=batch.prompt,
         )
+
+    def use(self, fake: Tensor, n: int) -> dict[str, float]:
+        """Train a small denoiser on generated slices and use it on held-out ones, beside one that saw n real slices."""
+        test, train_set = self.held_out.test_set, self.data(n).train_set
+        held_out, known = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
+        found = denoising_utility(fake, known.expected, held_out.sinogram, held_out.expected)
+        return {f"utility_{name}": value for name, value in found._asdict().items()}
 
 
 def renoise(expected: Tensor, noisy: Tensor, truth: Tensor) -> Tensor:

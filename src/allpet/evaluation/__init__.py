@@ -2,10 +2,12 @@
 
 ``suite.evaluate`` puts together what the other modules measure one by one: ``features`` and ``distances`` between
 distributions, ``spectra`` and histograms, ``copies`` of training slices up to symmetries, and a ``classifier`` that
-tells whether prompts are obeyed.
+tells whether prompts are obeyed. ``utility.denoising_utility`` trains a small denoiser on samples and uses it on real
+slices.
 """
 
 from allpet.evaluation.suite import Evaluation, evaluate
+from allpet.evaluation.utility import Utility, denoising_utility
 from allpet.evaluation.verdicts import meaning, verdict
 
-__all__ = ["Evaluation", "evaluate", "meaning", "verdict"]
+__all__ = ["Evaluation", "Utility", "denoising_utility", "evaluate", "meaning", "verdict"]
