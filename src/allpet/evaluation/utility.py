@@ -8,6 +8,7 @@ slices that are blurred or unlike patients teach the wrong thing.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,7 @@ class SmallDenoiser(nn.Module):
     def __init__(self, width: int = 24, depth: int = 4) -> None:
         super().__init__()
         widths = [1, *[width] * depth]
-        self.hidden = nn.ModuleList(
-            MoebiusConv2d(a, b, 5 if a == 1 else 3) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.hidden = nn.ModuleList(MoebiusConv2d(a, b, 5 if a == 1 else 3) for a, b in itertools.pairwise(widths))
         self.last = MoebiusConv2d(width, 1, 3)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
