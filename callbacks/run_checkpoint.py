@@ -99,9 +99,9 @@ class RunCheckpoint(ModelCheckpoint):
         broken = [name for name, weight in weights if not torch.isfinite(weight).all()]
         if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
             raise Diverged(
-                f"{len(broken)} weights ({', '.join(broken[:1]) or 'of another process'}) are not finite at step "
-                f"{trainer.global_step}, so nothing is saved: lower --model.learning_rate or check the data (make "
-                "validate-data)."
+                f"Weights are no longer finite at step {trainer.global_step} ({len(broken)} of this process"
+                f"{', such as ' + broken[0] if broken else ''}), so nothing is saved: lower --model.learning_rate or "
+                "check the data (make validate-data)."
             )
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero and self.dirpath is not None:

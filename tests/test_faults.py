@@ -281,9 +281,15 @@ def test_a_read_only_folder_for_runs(tmp_path, note, monkeypatch):
 
 
 def test_no_space_for_cached_tables_costs_time_only(tmp_path, note, monkeypatch):
-    monkeypatch.setenv("ALLPET_CACHE", "/dev/full")
-    with pytest.warns(UserWarning, match="set ALLPET_CACHE to a writable folder") as said:
+    def fill(file: Any, *_: Any, **__: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("ALLPET_CACHE", str(tmp_path))
+    monkeypatch.setattr("allpet.disk_cache.np.save", fill)
+    with pytest.warns(UserWarning, match="No space left .*; set ALLPET_CACHE to a writable folder") as said:
         store("table", {"of": "tests"}, [torch.zeros(3).numpy()])
+    assert list(tmp_path.iterdir()) == []
     note("no space for cached tables", "they are made anew in every run", "nothing", str(said[0].message))
 
 
@@ -332,7 +338,9 @@ def test_weights_that_are_spoilt_are_not_saved(tmp_path, whole, note, heard, mon
     with monkeypatch.context() as patch:
         at(patch, 6, spoil)
         said = stopped(tmp_path)
-    assert re.search(r"are not finite at step 6, so nothing is saved: lower .* continues at step 3\.", said)
+    assert re.search(
+        r"no longer finite at step 6 \(1 of .*\), so nothing is saved: lower .* continues at step 3\.", said
+    )
     assert steps(tmp_path / "001") == [3]
     continues(tmp_path, whole, 3, heard)
     note("weights become infinite just before a checkpoint", "the training stops, nothing is saved", "3 steps", said)
@@ -479,17 +487,23 @@ def test_two_processes_and_one_run(half, tmp_path, whole, note, heard):
 
 
 def test_the_configuration_changed(half, tmp_path, whole, note, heard):
-    copy_of(half, tmp_path / "runs")
+    run = copy_of(half, tmp_path / "runs")
     fit(tmp_path / "runs", "--model.learning_rate", "0.01", "--trainer.max_steps", "1")
     assert finished(tmp_path / "runs" / "002") == 1
-    assert finished(tmp_path / "runs" / "001") is None
-    note("the configuration changed", "another run starts, the old one can be continued", "nothing", "none")
+    assert finished(run) is None
+    heard()
+    fit(tmp_path / "runs")
+    assert "001 continues at step 6." in heard()
+    assert_same(run, whole)
+    note(
+        "the configuration changed", "another run starts, the old one continues when it is asked for", "nothing", "none"
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model", "tiny_pet.Remembering"], "holds a AutoencoderSystem, but a Remembering is trained: name a"),
+        (["--model", "tiny_pet.Remembering"], "is of AutoencoderSystem, but Remembering is trained: name a"),
         (["--scale", "{widths: [8, 8]}"], r"holds other networks \(\d+ weights differ, such as \S+\): give the sizes"),
     ],
 )

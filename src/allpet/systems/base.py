@@ -100,9 +100,7 @@ class CosineSystem(LightningModule, ABC):
         """
         kind, mine = checkpoint.get("system"), type(self).__name__
         if kind not in (None, mine):
-            raise ValueError(
-                f"The checkpoint holds a {kind}, but a {mine} is trained: name a checkpoint of that class."
-            )
+            raise ValueError(f"The checkpoint is of {kind}, but {mine} is trained: name a checkpoint of that class.")
         own, given = (
             {name: value.shape for name, value in part.items()}
             for part in (self.state_dict(), checkpoint["state_dict"])
