@@ -202,7 +202,8 @@ def _step(
     average: list[Tensor],
 ) -> None:
     with system.trainer.precision_plugin.forward_context():
-        loss = system.training_step(batch, 0)  # type: ignore[arg-type]
+        loss = system.training_step(batch, 0)
+    assert isinstance(loss, Tensor)
     if not training.accumulated:  # as Lightning does: the gradients of the step before live through the forward pass
         optimizer.zero_grad()
         counter.gradients = 0
@@ -213,7 +214,7 @@ def _step(
     update = get_ema_avg_fn()
     with torch.no_grad():
         for mean, value in zip(average, _weights(system) if average else (), strict=True):
-            mean.copy_(update(mean, value, 1))  # type: ignore[arg-type]
+            mean.copy_(update(mean, value, 1))
 
 
 def _count_gradients(system: CosineSystem, counter: LiveBytes) -> None:
