@@ -126,16 +126,15 @@ def test_recomputing_takes_less_memory_and_strips_in_proportion():
 
 
 def test_a_budget_names_the_largest_batch_that_fits():
-    planned = training(batch_size=8)
+    planned = training(lambda: AutoencoderSystem(Autoencoder(channels=(8,), patch=2)), 8)
     budget = estimate(replace(planned, batch_size=5)).peak / GB * 1.001
     with pytest.raises(OverBudget, match=r"the largest batch that fits is 5 \(--data.batch_size=5\)"):
         check_budget(planned, budget)
     assert check_budget(replace(planned, batch_size=5), budget).peak <= budget * GB
-    with pytest.raises(OverBudget):
-        check_budget(replace(planned, batch_size=6), budget)
-    assert largest_batch(replace(planned, batch_size=2), budget * GB) == 5, "from below as from above"
+    assert estimate(replace(planned, batch_size=6)).peak > budget * GB
+    assert largest_batch(replace(planned, batch_size=4), budget * GB) == 5, "from below as from above"
     with pytest.raises(OverBudget, match="not even single slices fit"):
-        check_budget(planned, 1e-4)
+        check_budget(replace(planned, batch_size=1), 1e-4)
     with pytest.raises(ValueError, match="must be positive"):
         check_budget(planned, -1)
     with pytest.raises(ValueError, match="precision is 'int8'"):

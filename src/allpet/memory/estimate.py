@@ -202,7 +202,8 @@ def _step(
     average: list[Tensor],
 ) -> None:
     with system.trainer.precision_plugin.forward_context():
-        loss: Any = system.training_step(batch, 0)
+        loss = system.training_step(batch, 0)
+    assert isinstance(loss, Tensor)
     if not training.accumulated:  # as Lightning does: the gradients of the step before live through the forward pass
         optimizer.zero_grad()
         counter.gradients = 0
