@@ -46,6 +46,17 @@ def test_the_constraint_holds_for_every_latent(shape, seam):
     assert stack.min() >= 0
 
 
+def test_few_bins_lower_the_order_of_the_range_layer():
+    latent = torch.randn(2, *small_autoencoder().latent_shape(16, 20))
+    decoded = [decode_with(order, latent) for order in (5, 20)]
+    torch.testing.assert_close(*decoded)
+
+
+def decode_with(order: int, latent: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)
+    return small_autoencoder(range_order=order).decode(latent, (16, 20)).full
+
+
 @pytest.mark.parametrize("shape", [(64, 80), (60, 50)])
 def test_the_range_layer_makes_latents_far_more_consistent(shape):
     geometry = ParallelBeam(*shape, 5.0, 64, 5.0)

@@ -82,8 +82,8 @@ class Autoencoder(nn.Module):
             encoding and cropped after decoding; a multiple of the shrinking factor.
         stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks).
         range_order: the decoder's last layer removes from f what no image could have caused in its first
-            ``range_order`` + 1 radial moments (``consistency.helgason_ludwig_correction``); None leaves f as it is, as
-            attenuated sinograms, which do not fulfil these conditions, need.
+            ``range_order`` + 1 radial moments (``consistency.helgason_ludwig_correction``), or as many as a quarter of
+            the bins; None leaves f as it is, as attenuated sinograms, which do not fulfil these conditions, need.
         constraint: how positive + negative == full comes about, see the module.
         padding: what convolutions see beyond the edges of the half turn, see ``layers.close_views``: "zero",
             "moebius" or "symmetric" (needs ``patch=1``).
@@ -310,7 +310,8 @@ class Autoencoder(nn.Module):
         # moments relate all views, of which a strip has a part
         if self.range_order is None or strip:
             return full
-        return helgason_ludwig_correction(full, self.range_order).clamp(min=0)
+        order = min(self.range_order, full.shape[-1] // 4, full.shape[-2] - 1)  # what so few bins can tell
+        return helgason_ludwig_correction(full, order).clamp(min=0)
 
     @staticmethod
     def _per_channel(values: Tensor) -> Tensor:
