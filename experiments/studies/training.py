@@ -25,7 +25,7 @@ from allpet.systems.latent_diffusion import Samples, add_counting_noise
 from data_modules import SimulatedPET
 from data_modules.simulated import PAPER_PROMPTS
 
-VAL_PATIENTS, TEST_PATIENTS = 35, 70
+VAL_PATIENTS, TEST_PATIENTS = 2, 2
 HERE = Path(__file__).parents[1]
 
 

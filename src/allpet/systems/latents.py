@@ -43,7 +43,7 @@ class LatentSystem(CosineSystem):
     def autoencoder(self) -> Autoencoder | PixelSpace:
         """The frozen stage-1 network, on this module's device."""
         network = self._aside.autoencoder
-        return network if network.latent_mean.device == self.device else network.to(self.device)
+        return network if network.scaling.scale.device == self.device else network.to(self.device)
 
     @property
     def backbone(self) -> nn.Module:
