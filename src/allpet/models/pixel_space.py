@@ -35,7 +35,8 @@ class PixelSpace(nn.Module):
     def decode(self, latent: Tensor, shape: tuple[int, int]) -> Decoded:
         """Return the sinogram itself, without negative values, and an empty mask."""
         full = latent[..., : shape[0], : shape[1]].float().clamp_min(0)
-        return Decoded(full, torch.zeros_like(full))
+        none = torch.zeros_like(full)
+        return Decoded(torch.cat([none, full, full], dim=1), none)
 
     def pool(self, sinogram: Tensor) -> Tensor:
         """Return what is given: every bin stands for itself."""
