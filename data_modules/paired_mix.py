@@ -79,7 +79,8 @@ class MixedPairs(SinogramSet):
             return None if values is None else values[place, target].unsqueeze(1)
 
         names = ("expected", "noisy", "activity", "target_tracer", "share")
-        return batch._replace(**{name: one(getattr(batch, name)) for name in names})
+        parts: dict[str, Any] = {name: one(getattr(batch, name)) for name in names}
+        return batch._replace(**parts)
 
     def _ids(self, row: int, number: int, target: int) -> tuple[int, int]:
         part = self.parts[number]
@@ -154,7 +155,9 @@ class PairedMix(PairedTask):
         loaded = [one.load() for one in self.modules_of]
         sets = [MixedPairs([getattr(one, name) for one in loaded]) for name in ("train", "val", "test")]
         notes = {"task": "+".join(self.tasks), "train_patients": sets[0].patient_id.unique().tolist()}
-        return LoadedData(self.geometry, *sets, digest({"parts": [one.data_hash for one in loaded]}), notes=notes)
+        train, val, test = sets
+        identity = digest({"parts": [one.data_hash for one in loaded]})
+        return LoadedData(self.geometry, train, val, test, identity, notes=notes)
 
 
 def _reordered(batch: PairedBatch, order: Tensor) -> PairedBatch:

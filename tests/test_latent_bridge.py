@@ -169,12 +169,16 @@ def test_separated_tracers_add_up_to_the_mix(autoencoder, tmp_path):
     source = system._encode(batch.input / system.input_scale(batch.task))
     mix = system.autoencoder.scaling.inverse(system.autoencoder.decode(source, GEOMETRY.sinogram_shape).full)
     for sample in restored.samples:
-        torch.testing.assert_close(sample.sum(1, keepdim=True), mix * system.input_scale(batch.task), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            sample.sum(1, keepdim=True), mix * system.input_scale(batch.task), rtol=1e-4, atol=1e-3
+        )
 
 
 def test_inputs_of_another_scale_are_brought_to_that_of_the_targets(autoencoder, tmp_path):
     system = fitted(pairs("attenuation"), autoencoder, tmp_path, 2)
-    assert 0.02 < float(system.input_ratio[TASKS.index("attenuation")]) < 0.7  # attenuated sinograms are several times less
+    assert (
+        0.02 < float(system.input_ratio[TASKS.index("attenuation")]) < 0.7
+    )  # attenuated sinograms are several times less
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data, autoencoder, tmp_path):

@@ -17,10 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from allpet import BridgeSampling, Condition, ConditionalSampling, roi_from_labels
+from allpet import BridgeSampling, Condition, ConditionalSampling, LatentDiffusion, Sampling, roi_from_labels
 from allpet.metrics import standard_image
-from allpet.systems.paired import PairedSystem, Restored
+from allpet.runs import newest_pretrained
+from allpet.simulation.tasks import TASKS
+from allpet.systems.pair_synthesis import PHYSICS, synthesise_pairs
+from allpet.systems.paired import PairedSampling, PairedSystem, Restored
+from allpet.systems.prior_restoration import PriorRestoration
 from allpet.systems.simple_methods import GaussOracle, Identity
+from data_modules.paired_set import write_pairs
 from studies.downstream_plan import Plan
 from studies.downstream_scores import calibration
 from studies.rows import Row
@@ -30,6 +35,8 @@ FEW = (50, 100, 200)
 OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
 """Methods that are a file of experiments/finetune/methods."""
 UNTRAINED = ("identity", "gauss_oracle")
+SAMPLING = Sampling("dpm++2m", 20)
+"""How the targets of generated pairs are drawn."""
 
 
 class Line(NamedTuple):
@@ -65,10 +72,18 @@ def rows(plan: Plan) -> list[Row]:
         for method in main:
             add(method, seed)
     if low_dose:
+        add("prior", plan.seeds[0])
+    few = min(FEW[0], plan.pairs)
+    for seed in plan.seeds:
+        add("regression", seed, few)
+        add("regression_synthetic", seed, few)
+    if low_dose:
         for seed in plan.seeds:
             for pairs in (plan.pairs, *FEW):
                 add("bridge_scratch", seed, pairs)
                 add("bridge", seed, pairs)
+    for seed in plan.seeds:
+        add("multi_task", seed)
     return list(found.values())
 
 
@@ -96,6 +111,11 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
     if method in UNTRAINED:
         yield _untrained(plan, method)
         return
+    if method == "prior":
+        prior = PriorRestoration(LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed))))
+        for nfe in (1, 5):
+            yield Line(_facts(nfe), restore(plan, prior.restore, PairedSampling(nfe=nfe)).mean, {})
+        return
     system = _train(plan, method, pairs, seed, folder)
     if method == "attention":
         yield from _attending(plan, system)
@@ -117,8 +137,29 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
     run = folder / "train"
     if method in OVERLAYS:
         return plan.finetune(run, seed, pairs, method)
+    if method == "multi_task":
+        # One training serves the studies of all tasks.
+        shared = plan.output / "downstream_stages" / f"multi_task-n{pairs}-{Path(plan.scale).stem}-seed{seed}"
+        return plan.finetune(shared, seed, pairs, task="multi_task", steps=len(TASKS) * plan.steps)
+    if method == "regression_synthetic":
+        file = synthesise(plan, pairs, seed, folder)
+        return plan.finetune(run, seed, pairs, "regression", [f"--data.generated={file}"])
     more = ["--model.initialise=false"] if method == "bridge_scratch" else []
     return plan.finetune(run, seed, pairs, more=more)
+
+
+def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
+    """Generate pairs that bring few real ones to the study's number, and return their file; keep it if it is there."""
+    file = folder / "generated.safetensors"
+    if file.exists():
+        return file
+    reverse = None
+    if plan.task not in PHYSICS:
+        reverse = plan.finetune(folder / "reverse", seed, pairs, "regression_pixels", ["--data.reverse=true"])
+    prior = LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed)))
+    data = plan.training_pairs(pairs)
+    seeds = range(1_000_000 * seed, 1_000_000 * seed + max(plan.pairs - pairs, pairs))
+    return write_pairs(file, synthesise_pairs(prior, data, seeds, reverse, SAMPLING))
 
 
 def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, **given: Any) -> Restored:

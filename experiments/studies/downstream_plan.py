@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from allpet.cli import main as allpet
 from allpet.pretrained import pretrained_class
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
-from allpet.simulation.tasks import PairOptions
+from allpet.simulation.tasks import PairedBatch, PairOptions
 from allpet.systems.conditional_diffusion import ConditionalDiffusion
 from allpet.systems.latent_bridge import LatentBridge
 from allpet.systems.paired import PairedSystem
@@ -53,7 +53,7 @@ class Plan:
     task: str
     pairs: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
-    stages: Budget = Budget(1000, 500)
+    stages: Budget = field(default_factory=lambda: Budget(1000, 500))
     slices: int = 500
     steps: int = 600
     samples: int = 16
@@ -76,16 +76,17 @@ class Plan:
     @cached_property
     def data(self) -> PairedTask:
         """The data module whose test patients all methods are judged on."""
+        options = PairOptions(reductions=(REDUCTION,))
+        return self._pairs(options=options, num_scans=1, val_patients=1, test_patients=self.test_patients)
+
+    def training_pairs(self, pairs: int) -> PairedBatch:
+        """Return the pairs that a row trains on."""
+        train = self._pairs(num_scans=pairs, val_patients=4, test_patients=1).train_set
+        return train[list(range(len(train)))]  # type: ignore[return-value]
+
+    def _pairs(self, **given: Any) -> PairedTask:
         numbers = yaml.safe_load(scale_file(self.scale).read_text(encoding="utf-8"))["scale"]["geometry"]
-        data = PairedTask(
-            self.task,
-            ParallelBeam(**numbers),
-            options=PairOptions(reductions=(REDUCTION,)),
-            num_scans=1,
-            val_patients=1,
-            test_patients=self.test_patients,
-            cache=self.cache,
-        )
+        data = PairedTask(self.task, ParallelBeam(**numbers), cache=self.cache, **given)
         data.setup()
         return data
 

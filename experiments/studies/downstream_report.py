@@ -137,8 +137,8 @@ def _against_oracle(found: _Found) -> str:
         return _missing("bridge", "gauss_oracle")
     gain = over(ours, "psnr") - over(oracle, "psnr")
     return (
-        f"Reduction {REDUCTION}, sinogram PSNR: our best, {named(ours)}, {over(ours, 'psnr'):.2f} dB, best-Gauss oracle "
-        f"{over(oracle, 'psnr'):.2f} dB: {gain:+.2f} dB where +2 is expected: {_verdict(gain >= 2)}."
+        f"Reduction {REDUCTION}, sinogram PSNR: our best, {named(ours)}, {over(ours, 'psnr'):.2f} dB, best-Gauss "
+        f"oracle {over(oracle, 'psnr'):.2f} dB: {gain:+.2f} dB where +2 is expected: {_verdict(gain >= 2)}."
     )
 
 
@@ -177,8 +177,8 @@ def _dbim_against_ddbm(found: _Found) -> str:
     bias = 100 * (over(ours, "tissue_bias") - over(theirs, "tissue_bias"))
     holds = psnr >= -0.1 and ssim >= -0.005 and bias <= 0.2
     return (
-        f"{named(ours)} against DDBM as published with {theirs[0]['nfe']} calls: PSNR {psnr:+.2f} dB, SSIM {ssim:+.4f}, "
-        f"tissue bias {bias:+.2f} points; at most .1 dB, .005 and .2 points worse {_verdict(holds)}."
+        f"{named(ours)} against DDBM as published with {theirs[0]['nfe']} calls: PSNR {psnr:+.2f} dB, SSIM "
+        f"{ssim:+.4f}, tissue bias {bias:+.2f} points; at most .1 dB, .005 and .2 points worse {_verdict(holds)}."
     )
 
 
@@ -203,8 +203,8 @@ def _attention(plan: Plan, outcome: Outcome) -> str:
     ]
     inside, outside = over(moved, "change_in_roi"), over(moved, "change_outside_roi")
     return (
-        f"Attention of strength 1 against none, mean difference and 95 % interval: {'; '.join(parts)}. A ROI moved away "
-        f"from the lesions changes the image by {100 * inside:.2g} % of its mean inside and {100 * outside:.2g} % "
+        f"Attention of strength 1 against none, mean difference and 95 % interval: {'; '.join(parts)}. A ROI moved "
+        f"away from the lesions changes the image by {100 * inside:.2g} % of its mean inside and {100 * outside:.2g} % "
         "outside."
     )
 
@@ -228,8 +228,8 @@ def _coverage(found: _Found) -> str:
         return _missing("bridge with several samples")
     gauss, quantile = over(lines, "coverage_90"), over(lines, "coverage_90_quantile")
     return (
-        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in {100 * gauss:.1f} % of "
-        f"the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
+        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in {100 * gauss:.1f} % "
+        f"of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
         f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off."
     )
 
@@ -263,7 +263,10 @@ def _biases_beside(found: _Found, other: str) -> str:
     if not ours or not theirs:
         return _missing("bridge", other)
     parts = []
-    for name, words in (("tissue_bias", "mean tissue bias"), ("lesion_mean_bias_abs", "mean size of lesion SUVmean bias")):
+    for name, words in (
+        ("tissue_bias", "mean tissue bias"),
+        ("lesion_mean_bias_abs", "mean size of lesion SUVmean bias"),
+    ):
         mine, other_value = over(ours, name), over(theirs, name)
         verdict = "better" if mine < other_value else "not better"
         parts.append(f"{words} {100 * mine:.1f} % against {100 * other_value:.1f} %: {verdict}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,10 @@ class AttentionUse:
         low, high = self.strengths
         if not 0 <= low <= high < float("inf"):
             raise ValueError(f"strengths are {(low, high)}, but must be (smallest, largest), not negative.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionUse:
+        # Weight averaging copies the system; what the command line makes of ``areas`` holds a parser, with its locks.
+        return self
 
 
 class Focus(NamedTuple):

@@ -68,13 +68,14 @@ class PriorRestoration:
 
     Args:
         model: the stage 2.
-        sampling: number of calls, of samples and of latents per call; 1 call gives the mean.
+        sampling: number of calls, of samples and of latents per call; None for 1 call, which gives the mean.
     """
 
-    def __init__(self, model: LatentDiffusion, sampling: PairedSampling = PairedSampling(nfe=1)) -> None:
+    def __init__(self, model: LatentDiffusion, sampling: PairedSampling | None = None) -> None:
         if model.geometry is None:
             raise ValueError("The training geometry of stage 2 is unknown: load it with from_pretrained.")
-        self.model, self.geometry, self.sampling = model.eval(), model.geometry, sampling
+        self.model, self.geometry = model.eval(), model.geometry
+        self.sampling = sampling or PairedSampling(nfe=1)
 
     @torch.no_grad()
     def restore(
