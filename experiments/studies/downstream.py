@@ -72,7 +72,8 @@ def rows(plan: Plan) -> list[Row]:
         for method in main:
             add(method, seed)
     if low_dose:
-        add("prior", plan.seeds[0])
+        for seed in plan.seeds:
+            add("prior", seed)
     few = min(FEW[0], plan.pairs)
     for seed in plan.seeds:
         add("regression", seed, few)

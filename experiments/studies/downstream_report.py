@@ -228,8 +228,8 @@ def _coverage(found: _Found) -> str:
         return _missing("bridge with several samples")
     gauss, quantile = over(lines, "coverage_90"), over(lines, "coverage_90_quantile")
     return (
-        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in {100 * gauss:.1f} % "
-        f"of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
+        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in "
+        f"{100 * gauss:.1f} % of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
         f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off."
     )
 
