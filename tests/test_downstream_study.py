@@ -19,6 +19,7 @@ from allpet.simulation.tasks import TASKS, PairedBatch, PairOptions, make_pairs
 from allpet.simulation.tissues import LABELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from data_modules.paired_set import write_pairs
 from studies import downstream, downstream_report
 from studies.downstream_plan import Plan
 from studies.downstream_scores import HeldOut, calibration, interval
@@ -180,6 +181,12 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     written = downstream_report.draw(plan, outcome, tmp_path / "page.png")
     assert [path.name for path in written] == ["page.png"]
     assert written[0].stat().st_size > 10_000
+    generated = row("regression_synthetic")
+    write_pairs(plan.folder / generated["row"] / "generated.safetensors", held_out.pairs)
+    generated["lines"][0]["calibration"] = calibration(torch.rand(3, 1, 1, 4, 4), torch.rand(1, 1, 4, 4))
+    more = Outcome([*outcome.done, generated], [], 0.0)
+    written = downstream_report.draw(plan, more, tmp_path / "page.png")
+    assert [path.name for path in written] == ["page.png", "page_pairs.png", "page_calibration.png"]
 
 
 def _plan(folder: Path, held_out: HeldOut) -> Plan:

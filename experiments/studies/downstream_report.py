@@ -17,6 +17,7 @@ from torch import Tensor
 
 from allpet.metrics import standard_image
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
+from data_modules.paired_set import PairedSet, read_pairs
 from studies.downstream import expanded
 from studies.downstream_plan import REDUCTION, Plan
 from studies.downstream_scores import interval
@@ -311,6 +312,11 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
                 if name != "bridge" or (nfe, samples) in (("1", "1"), ("5", "1"), ("20", "1")):
                     kept[f"{name}, {nfe}" if name == "bridge" else name] = result.float()
     written = [save_figure(_page(plan, kept), path)]
+    rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
+    generated = [plan.folder / row["row"] / "generated.safetensors" for row in rows]
+    if generated and generated[0].exists():
+        pairs = read_pairs(generated[0], plan.task, plan.data.geometry)
+        written.append(save_figure(_generated(plan, pairs), path.with_name(f"{path.stem}_pairs.png")))
     if found := curves(outcome.done):
         written.append(save_figure(_calibration(found), path.with_name(f"{path.stem}_calibration.png")))
     return written
@@ -343,6 +349,20 @@ def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:
             labels += [f"{names[number]}\n{what}", "minus target\n(+- a quarter)"]
     title = f"{plan.task}: slices drawn at random among the held-out ones; the input has the target's scale"
     return draw_grid(rows, labels, title)
+
+
+def _generated(plan: Plan, pairs: PairedSet, count: int = 8) -> Figure:
+    """The first generated pairs, not chosen: input and targets, sinogram above image."""
+    batch, radon = pairs[list(range(min(count, len(pairs))))], plan.held_out.radon
+    shown = {"input": batch.input}
+    shown |= {f"target {k + 1}": batch.expected[:, k : k + 1] for k in range(batch.expected.shape[1])}
+    rows, labels = [], []
+    for name, sinograms in shown.items():
+        for what, values in (("", sinograms), ("\nimage", standard_image(radon, sinograms))):
+            names = batch.prompt.names() if not rows else [""] * len(values)
+            rows.append([Tile(v[0], (0, top(v)), title) for v, title in zip(values, names, strict=True)])
+            labels.append(name + what)
+    return draw_grid(rows, labels, f"{plan.task}: generated pairs")
 
 
 def _calibration(found: Sequence[Lines]) -> Figure:
