@@ -19,11 +19,12 @@ from allpet.simulation.tasks import TASKS, PairedBatch, PairOptions, make_pairs
 from allpet.simulation.tissues import LABELS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from data_modules.paired_set import write_pairs
 from studies import downstream, downstream_report
 from studies.downstream_plan import Plan
 from studies.downstream_scores import HeldOut, calibration, interval
 from studies.rows import Outcome, run_rows
+
+from data_modules.paired_set import write_pairs
 
 GEOMETRY = ParallelBeam(32, 40, 10.8, 40, 10.8)
 
