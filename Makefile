@@ -1,7 +1,8 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
-#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500; restore: TASK, DATA and RESTORE_ARGS;
-#   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines;
+#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS=500;
+#   restore: TASK, DATA and RESTORE_ARGS;
+#   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines|downstream (TASK=);
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
 #   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
 #   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
@@ -85,9 +86,9 @@ train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the 
 train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
 	$(call FIT,ldm)
 
-finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion PAIRS=500 SCALE=)
+finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS= SCALE=)
 	@test -f "experiments/finetune/$(TASK).yaml" || \
-		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion)."; exit 1; }
+		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion, multi_task)."; exit 1; }
 	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \
 		-c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
 
@@ -115,9 +116,9 @@ evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numb
 	$(BIN)/python experiments/evaluate.py --real "$(REAL)" --fake "$(FAKE)" $(if $(TRAIN),--train "$(TRAIN)") \
 		$(if $(ENCODER),--encoder "$(ENCODER)") $(ARGS)
 
-study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines ARGS="--minutes 60"); hours in all, resumable
-	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines)."; exit 1; }
-	$(BIN)/python experiments/study.py $(STUDY) $(ARGS)
+study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines|downstream TASK= ARGS="--minutes 60"); hours
+	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines, downstream)."; exit 1; }
+	$(BIN)/python experiments/study.py $(STUDY) $(if $(TASK),--task $(TASK)) $(ARGS)
 
 sweep: $(READY) ## A grid of trainings and its curve, with W&B or without (SWEEP=few_shot or a task, OFFLINE=1); resumable
 	@test -f "experiments/sweeps/$(SWEEP).yaml" || \

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from allpet.geometry import ParallelBeam
 from allpet.projector import Radon
 from allpet.prompts import OPEN, TRACERS, Prompt, prompt_index
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, TWO_TRACERS, PairedBatch, PairOptions, make_pairs
-from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
+from data_modules.base import LoadedData, SinogramDataModule
 from data_modules.loading import collate
+from data_modules.paired_set import IMAGES, NUMBERS, PairedSet, ReversedPairs, read_pairs
 from data_modules.simulated import digest, first_number, from_cache, in_memory, shown_region, simulator_digest, warm_up
-from data_modules.slice_cache import Arrays, SliceCache, StoredArray
+from data_modules.slice_cache import Arrays, SliceCache
 
 DEFAULT_PROMPTS = {
     "low_dose": ("FDG:brain", "FDG:chest", "FDG:abdomen", "FDG:pelvis", "DOPA:brain", "PSMA:abdomen"),
@@ -30,53 +31,7 @@ DEFAULT_PROMPTS = {
     "conversion": ("FDG+DOPA:brain", "FDG+PSMA:chest", "FDG+PSMA:abdomen", "FDG+PSMA:pelvis"),
 }
 """What is simulated for each task where nothing else is asked for."""
-_IMAGES = ("activity", "labels", "attenuation")
-_ARRAYS = ("input", "expected", "noisy", *_IMAGES, "delay_min", "dose", "share")
-
-
-class PairedSet(SinogramSet):
-    """Pairs of slices; ``set[i]`` is a batch of one and ``set[[i, j, ...]]`` one of several.
-
-    Args:
-        arrays: the fields of ``PairedBatch`` that are stored, ``(slices, ...)`` each.
-        task: of all pairs.
-        target_tracer: ``(slices, targets)``.
-        prompt: tracer and region of each input.
-        sample_id: identity of each slice in the whole data set, ``(slices,)`` int64.
-        patient_id: of each slice's patient, ``(slices,)`` int64.
-    """
-
-    def __init__(
-        self,
-        arrays: Mapping[str, Tensor | StoredArray],
-        task: str,
-        target_tracer: Tensor,
-        prompt: Prompt,
-        sample_id: Tensor,
-        patient_id: Tensor,
-    ) -> None:
-        # The scale of the data is that of their targets: inputs without attenuation correction are several times less.
-        super().__init__(arrays["noisy"], arrays["expected"], prompt, sample_id, patient_id)
-        self.arrays, self.task, self.target_tracer = dict(arrays), task, target_tracer
-
-    def __getitem__(self, index: int | Sequence[int]) -> PairedBatch:  # type: ignore[override]
-        rows = torch.as_tensor([index] if isinstance(index, int) else index, dtype=torch.int64)
-        return PairedBatch(
-            **{name: array[rows] for name, array in self.arrays.items()},
-            task=torch.full((len(rows),), TASKS.index(self.task)),
-            prompt=Prompt(self.prompt.tracer[rows], self.prompt.region[rows]),
-            target_tracer=self.target_tracer[rows],
-            sample_id=self.sample_id[rows],
-            patient_id=self.patient_id[rows],
-        )
-
-    def subset(self, indices: Sequence[int]) -> PairedSet:
-        """Return the chosen slices, in the given order, in memory, as a set of their own."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        arrays = {name: array[rows] for name, array in self.arrays.items()}
-        prompt = Prompt(self.prompt.tracer[rows], self.prompt.region[rows])
-        ids = self.sample_id[rows], self.patient_id[rows]
-        return PairedSet(arrays, self.task, self.target_tracer[rows], prompt, *ids)
+_ARRAYS = ("input", "expected", "noisy", *IMAGES, *NUMBERS)
 
 
 class PairedTask(SinogramDataModule):
@@ -105,6 +60,8 @@ class PairedTask(SinogramDataModule):
         seed: keys order and draws, not the patients.
         symmetry: makes the symmetry augmentation: the same for input and targets. The images of augmented pairs
             would no longer lie where their sinograms say, so they are left out.
+        reverse: whether inputs are learned from targets, see ``allpet.conditions.reverse_pairs``.
+        generated: file of generated pairs (``write_pairs``) that are trained on besides the simulated ones.
 
     Raises:
         ValueError: if a number is out of range, the task unknown, or a prompt unknown, open or unfit for the task.
@@ -128,6 +85,8 @@ class PairedTask(SinogramDataModule):
         num_workers: int = 0,
         seed: int = 0,
         symmetry: Callable[[ParallelBeam], nn.Module] | None = None,
+        reverse: bool = False,
+        generated: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, num_scans, seed, None, symmetry, 0.0)
         self.save_hyperparameters(logger=False, ignore=["geometry", "options", "symmetry"])
@@ -137,7 +96,9 @@ class PairedTask(SinogramDataModule):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}, but must be at least 1.")
-        self.task, self.options = task, options or PairOptions()
+        if reverse and generated:
+            raise ValueError("Generated pairs are for the task itself: leave out either reverse or generated.")
+        self.task, self.options, self.reverse, self.generated = task, options or PairOptions(), reverse, generated
         self.prompts = [read_prompt(prompt, task) for prompt in (DEFAULT_PROMPTS[task] if prompts is None else prompts)]
         if not self.prompts:
             raise ValueError("prompts are empty, but simulating needs at least one tracer:region.")
@@ -160,6 +121,12 @@ class PairedTask(SinogramDataModule):
         """Simulate, or read from the cache."""
         train, val, test = (self._set(split) for split in self.patients)
         identity = {**self._recipe(), "num_scans": self.num_scans, "patients": self.patients}
+        if self.reverse:
+            identity["reverse"] = True
+        if self.generated is not None:
+            more = read_pairs(self.generated, self.task, self.geometry)
+            train = train.joined(more)
+            identity["generated"] = [len(more), float(more.arrays["input"].sum())]  # type: ignore[union-attr]
         notes = {"task": self.task, "train_patients": train.patient_id.unique().tolist()}
         return LoadedData(self.geometry, train, val, test, digest(identity), notes=notes)
 
@@ -201,7 +168,8 @@ class PairedTask(SinogramDataModule):
         targets = [
             [prompt_index(name, TRACERS, "tracer") for name in target_names(self.task, names)] for names, _ in chosen
         ]
-        return PairedSet(
+        kind = ReversedPairs if self.reverse else PairedSet
+        return kind(
             arrays,
             self.task,
             torch.tensor(targets, dtype=torch.int64).view(n_slices, len(target_names(self.task, self.prompts[0][0]))),
@@ -227,7 +195,7 @@ class PairedTask(SinogramDataModule):
         recipe, simulation = self._recipe(), self._simulation(split)
         folder = Path(self.cache or ".", f"{self.task}-{digest(recipe)}-{split}")
         what = f"{self.task} pairs of {split} patients"
-        cache = SliceCache(folder, simulation, self.slices_per_patient, recipe, _IMAGES, what, simulation.warm_up)
+        cache = SliceCache(folder, simulation, self.slices_per_patient, recipe, IMAGES, what, simulation.warm_up)
         cache.fill(self.patients[split], self.workers)
         return cache
 

@@ -202,7 +202,7 @@ class SinogramsToRestore(LightningDataModule):
         if all(found.scan is not None and "suv" in found.scan.units.lower() for found in self.files):
             return 1.0
         ours = fixed_scale(torch.from_numpy(np.concatenate([found.slices for found in self.files])))
-        theirs = float(system.autoencoder.scaling.scale) * float(system.input_ratio)
+        theirs = float(system.autoencoder.scaling.scale) * float(system.input_ratio[TASKS.index(self.task)])
         rank_zero_info(
             f"{self.folder}: the files do not say that they are SUV, so their values are multiplied by "
             f"{theirs / ours:.4g} for the model, and its results divided by it; say another number with --data.gain."

@@ -30,7 +30,7 @@ COMMANDS += [
 ]
 COMMANDS += [
     ("fit", ("defaults.yaml", "finetune/bridge.yaml", f"finetune/{task}.yaml", scale))
-    for task in TASKS
+    for task in (*TASKS, "multi_task")
     for scale in SCALES
 ]
 COMMANDS += [

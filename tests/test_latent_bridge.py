@@ -27,6 +27,7 @@ from allpet import (
 from allpet.conditions import LABEL_SIZE
 from allpet.diffusion.preconditioning import LARGEST_CORRELATION
 from allpet.metrics import relative_l2
+from allpet.simulation.tasks import TASKS
 from allpet.systems.focus import Focus
 from allpet.systems.starting import start_from
 from data_modules import PairedTask, SimulatedPET
@@ -165,15 +166,19 @@ def test_separated_tracers_add_up_to_the_mix(autoencoder, tmp_path):
     batch = data.val_set[[0, 1]]
     restored = system._restore_pairs(batch, BridgeSampling(nfe=3, samples=2))
     assert restored.mean.shape == batch.expected.shape
-    source = system._encode(batch.input / system.input_ratio)
+    source = system._encode(batch.input / system.input_scale(batch.task))
     mix = system.autoencoder.scaling.inverse(system.autoencoder.decode(source, GEOMETRY.sinogram_shape).full)
     for sample in restored.samples:
-        torch.testing.assert_close(sample.sum(1, keepdim=True), mix * system.input_ratio, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            sample.sum(1, keepdim=True), mix * system.input_scale(batch.task), rtol=1e-4, atol=1e-3
+        )
 
 
 def test_inputs_of_another_scale_are_brought_to_that_of_the_targets(autoencoder, tmp_path):
     system = fitted(pairs("attenuation"), autoencoder, tmp_path, 2)
-    assert 0.02 < float(system.input_ratio) < 0.7  # attenuated sinograms are several times less
+    assert (
+        0.02 < float(system.input_ratio[TASKS.index("attenuation")]) < 0.7
+    )  # attenuated sinograms are several times less
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(data, autoencoder, tmp_path):

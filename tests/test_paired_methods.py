@@ -131,7 +131,7 @@ def test_regression_sees_nothing_but_the_end_of_the_bridge(data, tmp_path):
     system = awake(fitted(tmp_path, data, 1, **METHODS["pixels"]))
     batch = data.train_set[[0, 1, 2]]
     target, source = system._latents(batch)
-    assert torch.equal(source, batch.input / system.input_ratio / data.scale)
+    assert torch.equal(source, batch.input / system.input_scale(batch.task) / data.scale)
     end, condition = torch.ones(3, dtype=torch.float64), Condition.of_pairs(batch)
     wanted = system.preconditioning.residual(source, source, end, target)
     error = (system(source, source, end, condition).float() - wanted).square().mean()
@@ -144,7 +144,7 @@ def test_regression_sees_nothing_but_the_end_of_the_bridge(data, tmp_path):
 def test_untrained_regression_in_pixels_is_the_line_through_input_and_target(data, tmp_path):
     system = fitted(tmp_path, data, 1, learning_rate=0.0, **METHODS["pixels"])
     batch = data.train_set[list(range(12))]
-    x, y = (values.double() / data.scale for values in (batch.noisy, batch.input / system.input_ratio))
+    x, y = (values.double() / data.scale for values in (batch.noisy, batch.input / system.input_scale(batch.task)))
     slope = ((x - x.mean()) * (y - y.mean())).mean() / y.var(correction=0)
     slope = slope.clamp_max(0.995 * x.std(correction=0) / y.std(correction=0))
     line = (x.mean() + slope * (y - y.mean())).clamp_min(0) * data.scale

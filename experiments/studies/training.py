@@ -59,6 +59,8 @@ class Recipe:
         stack_channels: 3, or 1 for a network that knows the full channel alone.
         constraint: see ``Autoencoder``.
         range_order: see ``Autoencoder``; None for a decoder without the range layer.
+        prompts: what is simulated.
+        scale: name of a file in experiments/scale, or the path of another, ending in .yaml.
     """
 
     n: int
@@ -73,18 +75,21 @@ class Recipe:
     stack_channels: int = 3
     constraint: str = "head"
     range_order: int | None = 20
+    prompts: tuple[str, ...] = PAPER_PROMPTS
+    scale: str = "laptop"
 
     def words(self, stage: str, budget: Budget, folder: Path, cache: str) -> list[str]:
         """Return the command line that trains a stage ("vae" or "ldm")."""
-        files = ["defaults", stage, "scale/laptop", *(["symmetries"] if stage == "ldm" and self.conditioned else [])]
-        words = ["fit", *(word for name in files for word in ("-c", str(HERE / f"{name}.yaml")))]
+        files = [HERE / "defaults.yaml", HERE / f"{stage}.yaml", scale_file(self.scale)]
+        files += [HERE / "symmetries.yaml"] if stage == "ldm" and self.conditioned else []
+        words = ["fit", *(word for file in files for word in ("-c", str(file)))]
         words += [
             f"--run.root={folder / stage}",
             f"--seed_everything={self.seed}",
             f"--model.seed={self.seed}",
             f"--data.seed={self.seed}",
             f"--data.num_scans={self.n}",
-            f"--data.prompts={list(PAPER_PROMPTS)}",
+            f"--data.prompts={list(self.prompts)}",
             f"--data.val_patients={VAL_PATIENTS}",
             f"--data.test_patients={TEST_PATIENTS}",
             f"--data.cache={cache}",
@@ -116,6 +121,11 @@ class Recipe:
             if not self.linear:
                 words.append("--model.denoiser.condition_channels=0")
         return words
+
+
+def scale_file(scale: str) -> Path:
+    """Return the file of a scale, a name or a path that ends in .yaml."""
+    return Path(scale) if scale.endswith(".yaml") else HERE / "scale" / f"{scale}.yaml"
 
 
 def train(recipe: Recipe, budget: Budget, folder: Path, cache: str) -> dict[str, float]:

@@ -56,6 +56,7 @@ def prepare() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a newer name exists, but means something else in omegaconf 2.3
         OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
+        OmegaConf.register_new_resolver("plus", lambda first, second: first + second, replace=True)
     # Continuing a run, and testing one without what only matters in training, is what is meant.
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

@@ -91,6 +91,30 @@ class Condition(NamedTuple):
         return Condition(self.task[rows], prompt, *(values[rows] for values in self[2:]))
 
 
+def reverse_pairs(batch: PairedBatch) -> PairedBatch:
+    """Return the pairs the wrong way round: the noisy target is given, the input is wanted.
+
+    In *separation* the first tracer is given and the second wanted: of the two the input is the sum. The expectation of
+    an input is not known, so ``expected`` is the input itself, and images, which are the target's, are left out.
+    """
+    tracer = batch.target_tracer
+    prompt = Prompt(tracer[:, 0], batch.prompt.region)
+    if tracer.shape[1] == 2:
+        second = {name: getattr(batch, name)[:, 1:] for name in ("expected", "noisy", "target_tracer", "share")}
+        activity = None if batch.activity is None else batch.activity[:, 1:]
+        return batch._replace(input=batch.noisy[:, :1], prompt=prompt, activity=activity, **second)
+    return batch._replace(
+        input=batch.noisy,
+        expected=batch.input,
+        noisy=batch.input,
+        activity=None,
+        labels=None,
+        attenuation=None,
+        prompt=prompt,
+        target_tracer=batch.prompt.tracer[:, None],
+    )
+
+
 class RestorationBatch(NamedTuple):
     """Sinograms of a user's to restore.
 

@@ -229,7 +229,7 @@ class Autoencoder(nn.Module):
         Returns:
             ``(batch, channel, rows, columns)`` of the latent.
         """
-        return F.avg_pool2d(self._fill(sinogram), self.factor)
+        return F.avg_pool2d(self._fill(sinogram, False), self.factor)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the mean and standard deviation of raw latents per channel, each ``(latent_channels,)``.

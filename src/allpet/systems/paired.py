@@ -26,7 +26,7 @@ from allpet.models.pixel_space import PixelSpace
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.randomness import keyed_generator
-from allpet.simulation.tasks import PairedBatch
+from allpet.simulation.tasks import TASKS, PairedBatch
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
 from allpet.systems.latents import Aside, LatentSystem
@@ -83,8 +83,8 @@ class PairedSystem(LatentSystem):
     """Learn to turn given sinograms into wanted ones, in the latents of a frozen stage 1 or as they are.
 
     The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
-    of the targets, as without attenuation correction, are brought to it by one number for the data set. That number and
-    the moments of the latents are measured when training starts.
+    of the targets, as without attenuation correction, are brought to it by one number for each task. These numbers and
+    the moments of the latents, one set for all tasks, are measured when training starts.
 
     Args:
         autoencoder: the trained stage-1 network, or a folder that holds it, of stage 1 or 2; or ``PixelSpace``.
@@ -152,7 +152,7 @@ class PairedSystem(LatentSystem):
         self._attention: TransparentMedicalAttention | None = None
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
-        self.register_buffer("input_ratio", torch.ones(()))
+        self.register_buffer("input_ratio", torch.ones(len(TASKS)))
 
     @property
     def attention(self) -> TransparentMedicalAttention | None:
@@ -170,6 +170,10 @@ class PairedSystem(LatentSystem):
         if self._attention is None or self._attention.radon.geometry != self.geometry:
             self._attention = self.attention_use.areas(Radon(self.geometry))
         return self._attention
+
+    def input_scale(self, task: Tensor) -> Tensor:
+        """Return the scale of the inputs of tasks ``(batch,)`` over that of their targets, ``(batch, 1, 1, 1)``."""
+        return self.input_ratio[task.to(self.input_ratio.device)][:, None, None, None]
 
     @abstractmethod
     def errors(
@@ -228,12 +232,14 @@ class PairedSystem(LatentSystem):
         channels, rows, columns = self.autoencoder.latent_shape(views, bins)
         count = min(len(pairs), _MEASURED, max(_MEASURED_VALUES // (channels * rows * columns), 1))
         pieces = [list(range(count))[start : start + size] for start in range(0, count, size)]
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, len(TASKS), dtype=torch.float64)
         for piece in pieces:
             batch = pairs[piece]
             wanted = self._targets(batch)  # of two tracers the input is the sum
-            sums += torch.stack([batch.input.double().sum(), wanted.double().sum()]).cpu()
-        self.input_ratio.fill_(float(sums[0] / sums[1]))
+            totals = [values.double().sum((1, 2, 3)).cpu() for values in (batch.input, wanted)]
+            sums.index_add_(1, batch.task.cpu(), torch.stack(totals))
+        # A task that is not trained on has the others' scale.
+        self.input_ratio.copy_(torch.where(sums[1] != 0, sums[0] / sums[1], sums[0].sum() / sums[1].sum()))
         latents = []
         for piece in tqdm(pieces, desc="Measuring the pairs' latents", leave=False):
             batch = move_data_to_device(pairs[piece], self.device)
@@ -297,7 +303,8 @@ class PairedSystem(LatentSystem):
         self._check(given, shape, condition, seeds, n_targets, roi)
         strength = sampling.attention_strength if attention_strength is None else attention_strength
         condition = move_data_to_device(condition, self.device)
-        scaled = given.to(self.device) / self.input_ratio
+        ratio = self.input_scale(condition.task[::n_targets])
+        scaled = given.to(self.device) / ratio
         source = self._encode(scaled)
         focus = self.focus(scaled, source, strength, roi).repeat(n_targets)
         source = source.repeat_interleave(n_targets, 0)
@@ -312,7 +319,7 @@ class PairedSystem(LatentSystem):
                 pieces.append(self.draw(*part, generators, sampling, progress))
             full = self._decode(torch.cat(pieces), shape).unflatten(0, (len(given), n_targets)).squeeze(2)
             if n_targets > 1:
-                mix = self._decode(source[::n_targets], shape) * self.input_ratio
+                mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
             results.append(full)
         return Restored.of(torch.stack(results))
@@ -414,7 +421,7 @@ class PairedSystem(LatentSystem):
         n_targets, ids = batch.expected.shape[1], batch.sample_id.tolist()
         target, source = self._latents(batch)
         generators = [keyed_generator(*run, i, k, "bridge") for i in ids for k in range(n_targets)]
-        given = batch.input / self.input_ratio
+        given = batch.input / self.input_scale(batch.task)
         focus = self.focus(given, source[::n_targets], self._strengths(run, ids)).repeat(n_targets)
         difference = self.errors(target, source, focus, Condition.of_pairs(batch), generators)
         error = difference.square() if self.loss == "l2" else difference.abs()
@@ -428,7 +435,7 @@ class PairedSystem(LatentSystem):
 
     def _log_errors(self, stage: str, batch: PairedBatch, sampling: PairedSampling) -> None:
         restored = self._restore_pairs(batch, sampling).mean
-        given = batch.input.expand_as(restored) / self.input_ratio
+        given = batch.input.expand_as(restored) / self.input_scale(batch.task)
         for name, result in (("", restored), ("_input", given)):
             ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
             shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
@@ -445,7 +452,8 @@ class PairedSystem(LatentSystem):
         """Latents of targets and sources, both ``(batch * targets, channels, rows, columns)``."""
         targets = self._targets(batch)
         target = self._encode(targets.flatten(0, 1)[:, None])
-        return target, self._encode(batch.input / self.input_ratio).repeat_interleave(targets.shape[1], 0)
+        given = batch.input / self.input_scale(batch.task)
+        return target, self._encode(given).repeat_interleave(targets.shape[1], 0)
 
     @torch.no_grad()
     def _encode(self, sinogram: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Sets of pairs of slices: as simulated, the wrong way round, or joined with pairs that a model has generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from allpet.conditions import reverse_pairs
+from allpet.geometry import ParallelBeam
+from allpet.io import DataError
+from allpet.io.atomic import replacing
+from allpet.prompts import Prompt
+from allpet.simulation.tasks import TASKS, PairedBatch
+from data_modules.base import SinogramSet
+from data_modules.slice_cache import StoredArray
+
+IMAGES = ("activity", "labels", "attenuation")
+NUMBERS = ("delay_min", "dose", "share")
+_KEPT = ("input", "expected", "noisy", *NUMBERS, "target_tracer", "sample_id", "patient_id")
+
+
+class PairedSet(SinogramSet):
+    """Pairs of slices; ``set[i]`` is a batch of one and ``set[[i, j, ...]]`` one of several.
+
+    Args:
+        arrays: the fields of ``PairedBatch`` that are stored, ``(slices, ...)`` each; images may be missing.
+        task: of all pairs.
+        target_tracer: ``(slices, targets)``.
+        prompt: tracer and region of each input.
+        sample_id: identity of each slice in the whole data set, ``(slices,)`` int64.
+        patient_id: of each slice's patient, ``(slices,)`` int64.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Tensor | StoredArray],
+        task: str,
+        target_tracer: Tensor,
+        prompt: Prompt,
+        sample_id: Tensor,
+        patient_id: Tensor,
+    ) -> None:
+        # The scale of the data is that of their targets: inputs without attenuation correction are several times less.
+        super().__init__(arrays["noisy"], arrays["expected"], prompt, sample_id, patient_id)
+        self.arrays, self.task, self.target_tracer = dict(arrays), task, target_tracer
+
+    def __getitem__(self, index: int | Sequence[int]) -> PairedBatch:  # type: ignore[override]
+        rows = torch.as_tensor([index] if isinstance(index, int) else index, dtype=torch.int64)
+        missing: dict[str, Any] = {name: None for name in IMAGES if name not in self.arrays}
+        return PairedBatch(
+            **{name: array[rows] for name, array in self.arrays.items()},
+            **missing,
+            task=torch.full((len(rows),), TASKS.index(self.task)),
+            prompt=Prompt(self.prompt.tracer[rows], self.prompt.region[rows]),
+            target_tracer=self.target_tracer[rows],
+            sample_id=self.sample_id[rows],
+            patient_id=self.patient_id[rows],
+        )
+
+    def subset(self, indices: Sequence[int]) -> PairedSet:
+        """Return the chosen slices, in the given order, in memory, as a set of their own."""
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        arrays = {name: array[rows] for name, array in self.arrays.items()}
+        prompt = Prompt(self.prompt.tracer[rows], self.prompt.region[rows])
+        ids = self.sample_id[rows], self.patient_id[rows]
+        return PairedSet(arrays, self.task, self.target_tracer[rows], prompt, *ids)
+
+    def joined(self, more: PairedSet) -> PairedSet:
+        """Return these pairs and then others of the same task, in memory, without images."""
+        rows = torch.arange(len(self)), torch.arange(len(more))
+        names = ("input", "expected", "noisy", *NUMBERS)
+        arrays = {name: torch.cat([self.arrays[name][rows[0]], more.arrays[name][rows[1]]]) for name in names}
+        prompt = Prompt(*(torch.cat(pair) for pair in zip(self.prompt, more.prompt, strict=True)))
+        tracer, sample, patient = (
+            torch.cat([getattr(self, name), getattr(more, name)])
+            for name in ("target_tracer", "sample_id", "patient_id")
+        )
+        return PairedSet(arrays, self.task, tracer, prompt, sample, patient)
+
+
+class ReversedPairs(PairedSet):
+    """The same pairs the wrong way round, see ``allpet.conditions.reverse_pairs``; arguments as of ``PairedSet``."""
+
+    def __init__(self, arrays: Mapping[str, Tensor | StoredArray], task: str, *about: Tensor | Prompt) -> None:
+        super().__init__(arrays, task, *about)  # type: ignore[arg-type]
+        if task != "separation":
+            self.sinogram = self.expected = arrays["input"]
+
+    def __getitem__(self, index: int | Sequence[int]) -> PairedBatch:  # type: ignore[override]
+        return reverse_pairs(super().__getitem__(index))
+
+
+def write_pairs(path: str | Path, pairs: PairedBatch) -> Path:
+    """Write pairs of one task to a .safetensors file, without their images, whole or not at all."""
+    tensors = {name: getattr(pairs, name).clone() for name in _KEPT}
+    tensors |= {"tracer": pairs.prompt.tracer, "region": pairs.prompt.region}
+    with replacing(Path(path)) as scratch:
+        save_file(tensors, scratch, {"task": TASKS[int(pairs.task[0])]})
+    return Path(path)
+
+
+def read_pairs(path: str | Path, task: str, geometry: ParallelBeam) -> PairedSet:
+    """Read what ``write_pairs`` wrote.
+
+    Raises:
+        DataError: if the file cannot be read or its sinograms do not fit the geometry.
+    """
+    try:
+        tensors = load_file(path)
+        arrays = {name: tensors[name] for name in ("input", "expected", "noisy", *NUMBERS)}
+        about = tensors["target_tracer"], Prompt(tensors["tracer"], tensors["region"])
+        ids = tensors["sample_id"], tensors["patient_id"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(path, f"it holds no pairs ({error})", "name a file of generated pairs") from error
+    found, wanted = tuple(arrays["input"].shape[-2:]), geometry.sinogram_shape
+    if found != wanted:
+        raise DataError(path, f"its sinograms are {found}, the data {wanted}", "generate pairs of the same geometry")
+    return PairedSet(arrays, task, *about, *ids)

@@ -1,0 +1,239 @@
+"""A downstream task: our bridge, what it is compared with, and what helps it, on the same pairs, steps and network.
+
+Stages 1 and 2 are trained once per seed on single slices of all tracers and regions and serve every task. Each row
+fine-tunes one method (a file of ``experiments/finetune/methods``, or none: the bridge) and is judged on patients that
+nothing was trained on; one training gives a line for each way to sample it. A row leaves ``scores.pt``, with the
+numbers of every slice and lesion, and ``pictures.pt``, the results for the slices that are shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from allpet import BridgeSampling, Condition, ConditionalSampling, LatentDiffusion, Sampling, roi_from_labels
+from allpet.metrics import standard_image
+from allpet.runs import newest_pretrained
+from allpet.simulation.tasks import TASKS
+from allpet.systems.pair_synthesis import PHYSICS, synthesise_pairs
+from allpet.systems.paired import PairedSampling, PairedSystem, Restored
+from allpet.systems.prior_restoration import PriorRestoration
+from allpet.systems.simple_methods import GaussOracle, Identity
+from data_modules.paired_set import write_pairs
+from studies.downstream_plan import Plan
+from studies.downstream_scores import calibration
+from studies.rows import Row
+
+FEW = (50, 100, 200)
+"""Numbers of pairs at which starting from stage 2 is compared with starting from nothing, besides the study's own."""
+OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
+"""Methods that are a file of experiments/finetune/methods."""
+UNTRAINED = ("identity", "gauss_oracle")
+SAMPLING = Sampling("dpm++2m", 20)
+"""How the targets of generated pairs are drawn."""
+
+
+class Line(NamedTuple):
+    """One way to sample what a row has trained.
+
+    Attributes:
+        facts: what tells it from the row's other lines: ``nfe``, ``samples`` and ``attention``.
+        result: ``(slices, targets, views, bins)``.
+        more: further numbers.
+    """
+
+    facts: dict[str, Any]
+    result: Tensor
+    more: dict[str, Any]
+
+
+def rows(plan: Plan) -> list[Row]:
+    """Return the rows of a task, in order of worth."""
+    found: dict[str, Row] = {}
+
+    def add(method: str, seed: int, pairs: int = plan.pairs) -> None:
+        key = method if method in UNTRAINED else f"{method}-n{pairs}-seed{seed}"
+        facts = plan.facts(method, pairs, seed)
+        found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
+
+    low_dose = plan.task == "low_dose"
+    main = ["bridge", "regression"]
+    if low_dose:
+        main += ["regression_pixels", "ddbm", "attention", "conditional"]
+    for method in UNTRAINED if low_dose else UNTRAINED[:1]:
+        add(method, plan.seeds[0])
+    for seed in plan.seeds:
+        for method in main:
+            add(method, seed)
+    if low_dose:
+        for seed in plan.seeds:
+            add("prior", seed)
+    few = min(FEW[0], plan.pairs)
+    for seed in plan.seeds:
+        add("regression", seed, few)
+        add("regression_synthetic", seed, few)
+    if low_dose:
+        for seed in plan.seeds:
+            for pairs in (plan.pairs, *FEW):
+                add("bridge_scratch", seed, pairs)
+                add("bridge", seed, pairs)
+    for seed in plan.seeds:
+        add("multi_task", seed)
+    return list(found.values())
+
+
+def _measure(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    pictures: dict[str, Tensor] = {}
+    lines: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for line in _lines(plan, method, pairs, seed, folder):
+        scores = plan.held_out.score(line.result)
+        label = "-".join(str(value) for value in line.facts.values())
+        kept[label] = {"facts": line.facts, "targets": scores.targets, "lesions": scores.lesions}
+        pictures[label] = line.result[plan.drawn()].half()
+        spent = {"line_seconds": round(time.perf_counter() - began, 1)}
+        lines.append({**line.facts, **scores.numbers, **line.more, **spent})
+        began = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(kept, folder / "scores.pt")
+    torch.save(pictures, folder / "pictures.pt")
+    return {"lines": lines}
+
+
+def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iterator[Line]:
+    """Make a method ready and return its results for the held-out inputs, one way to sample after the other."""
+    if method in UNTRAINED:
+        yield _untrained(plan, method)
+        return
+    if method == "prior":
+        prior = PriorRestoration(LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed))))
+        for nfe in (1, 5):
+            yield Line(_facts(nfe), restore(plan, prior.restore, PairedSampling(nfe=nfe)).mean, {})
+        return
+    system = _train(plan, method, pairs, seed, folder)
+    if method == "attention":
+        yield from _attending(plan, system)
+    elif method == "ddbm":
+        yield _line(plan, system, BridgeSampling(sampler="heun", nfe=119))
+    elif method == "conditional":
+        for nfe in (20, 5):
+            yield _line(plan, system, ConditionalSampling(nfe=nfe))
+    elif method.startswith("regression"):
+        yield _line(plan, system, BridgeSampling(nfe=1))
+    else:
+        for nfe in (1, 5, 20):
+            yield _line(plan, system, BridgeSampling(nfe=nfe))
+        if method == "bridge" and pairs == plan.pairs:
+            yield _many(plan, system, BridgeSampling(nfe=5, samples=plan.samples))
+
+
+def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> PairedSystem:
+    run = folder / "train"
+    if method in OVERLAYS:
+        return plan.finetune(run, seed, pairs, method)
+    if method == "multi_task":
+        # One training serves the studies of all tasks.
+        shared = plan.output / "downstream_stages" / f"multi_task-n{pairs}-{Path(plan.scale).stem}-seed{seed}"
+        return plan.finetune(shared, seed, pairs, task="multi_task", steps=len(TASKS) * plan.steps)
+    if method == "regression_synthetic":
+        file = synthesise(plan, pairs, seed, folder)
+        return plan.finetune(run, seed, pairs, "regression", [f"--data.generated={file}"])
+    more = ["--model.initialise=false"] if method == "bridge_scratch" else []
+    return plan.finetune(run, seed, pairs, more=more)
+
+
+def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
+    """Generate pairs that bring few real ones to the study's number, and return their file; keep it if it is there."""
+    file = folder / "generated.safetensors"
+    if file.exists():
+        return file
+    reverse = None
+    if plan.task not in PHYSICS:
+        reverse = plan.finetune(folder / "reverse", seed, pairs, "regression_pixels", ["--data.reverse=true"])
+    prior = LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed)))
+    data = plan.training_pairs(pairs)
+    seeds = range(1_000_000 * seed, 1_000_000 * seed + max(plan.pairs - pairs, pairs))
+    return write_pairs(file, synthesise_pairs(prior, data, seeds, reverse, SAMPLING))
+
+
+def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, **given: Any) -> Restored:
+    """Give a method the held-out inputs.
+
+    Args:
+        plan: of the study.
+        method: has the face of ``PairedSystem.restore``.
+        sampling: how to.
+        given: further arguments.
+    """
+    pairs = plan.held_out.pairs
+    condition = Condition.of_pairs(pairs)
+    return method(pairs.input, condition, pairs.sample_id.tolist(), sampling, pairs.expected.shape[1], **given)
+
+
+def _facts(nfe: int, samples: int = 1, attention: str = "") -> dict[str, Any]:
+    return {"nfe": nfe, "samples": samples, "attention": attention}
+
+
+def _line(plan: Plan, system: PairedSystem, sampling: Any) -> Line:
+    return Line(_facts(sampling.nfe), restore(plan, system.restore, sampling).mean, {})
+
+
+def _untrained(plan: Plan, method: str) -> Line:
+    pairs = plan.held_out.pairs
+    if method == "identity":
+        return Line(_facts(0), restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
+    oracle = GaussOracle(plan.data.geometry).fit(pairs.input, pairs.expected)
+    widths = {"fwhm_bins": oracle.fwhm[0], "fwhm_views": oracle.fwhm[1]}
+    return Line(_facts(0), restore(plan, oracle.restore).mean, widths)
+
+
+def _many(plan: Plan, system: PairedSystem, sampling: BridgeSampling) -> Line:
+    """Return the mean of several samples, and how often their intervals hold the truth."""
+    restored = restore(plan, system.restore, sampling)
+    curve = calibration(restored.samples, plan.held_out.pairs.expected)
+    at = next(point for point in curve if point["level"] == 0.9)
+    more = {"coverage_90": at["gauss"], "coverage_90_quantile": at["quantile"], "calibration": curve}
+    return Line(_facts(sampling.nfe, sampling.samples), restored.mean, more)
+
+
+def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
+    """Return results without, with and with strong attention, and with regions that a clinician would draw.
+
+    These are the lesions, and, to see that nothing else follows, the same moved by a quarter of the image.
+    """
+    once = BridgeSampling(nfe=1)
+    none = restore(plan, system.restore, once, attention_strength=0.0).mean
+    yield Line(_facts(1, 1, "0"), none, {})
+    for strength in (1.0, 2.0):
+        result = restore(plan, system.restore, once, attention_strength=strength).mean
+        yield Line(_facts(1, 1, f"{strength:g}"), result, {})
+    pairs, radon = plan.held_out.pairs, plan.held_out.radon
+    assert pairs.labels is not None
+    lesions = roi_from_labels(pairs.labels, "lesion_hot")
+    before = standard_image(radon, none[:, :1])
+    for name, roi in (("roi", lesions), ("roi moved", lesions.roll(lesions.shape[-1] // 4, -1))):
+        result = restore(plan, system.restore, once, roi=roi, attention_strength=1.0).mean
+        change = (standard_image(radon, result[:, :1]) - before).abs() / before.mean()
+        drawn = roi.flatten(1).any(1)[:, None, None, None]
+        more = {
+            "change_in_roi": float(change[roi].mean()),
+            "change_outside_roi": float(change[drawn & ~roi].mean()),
+        }
+        yield Line(_facts(1, 1, name), result, more)
+
+
+def expanded(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one flat dictionary per line of the finished rows."""
+    shared = [{name: value for name, value in row.items() if name != "lines"} for row in done]
+    return [
+        {**facts, **{name: value for name, value in line.items() if name != "calibration"}}
+        for facts, row in zip(shared, done, strict=True)
+        for line in row["lines"]
+    ]

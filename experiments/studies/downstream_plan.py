@@ -1,0 +1,164 @@
+"""What the rows of a downstream study share: stages, fine-tuning as users do it, and held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from allpet import ParallelBeam, Radon
+from allpet.cli import main as allpet
+from allpet.pretrained import pretrained_class
+from allpet.randomness import keyed_generator
+from allpet.runs import newest_pretrained
+from allpet.simulation.tasks import PairedBatch, PairOptions
+from allpet.systems.conditional_diffusion import ConditionalDiffusion
+from allpet.systems.latent_bridge import LatentBridge
+from allpet.systems.paired import PairedSystem
+from data_modules import PairedTask
+from data_modules.simulated import PAPER_PROMPTS
+from studies.downstream_scores import HeldOut
+from studies.training import HERE, Budget, Recipe, scale_file, train
+
+REDUCTION = 20
+"""Dose reduction at which low dose is judged; trained on are all of them, as users would."""
+ALL_PROMPTS = (*PAPER_PROMPTS, "FDG:pelvis", "PSMA:pelvis")
+DRAWN = 3
+"""How many held-out slices the page of pictures shows; they are drawn at random."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all rows of the study share.
+
+    Attributes:
+        task: one of ``TASKS``.
+        pairs: training pairs.
+        seeds: of weights, order and draws.
+        stages: steps of stages 1 and 2.
+        slices: that stages 1 and 2 are trained on.
+        steps: of every fine-tuning.
+        samples: of each slice, for intervals.
+        test_patients: held out.
+        scale: name of a file in experiments/scale, or the path of another, ending in .yaml.
+        output: folder of the studies.
+        cache: folder of simulated slices.
+    """
+
+    task: str
+    pairs: int = 500
+    seeds: tuple[int, ...] = (0, 1, 2)
+    stages: Budget = field(default_factory=lambda: Budget(1000, 500))
+    slices: int = 500
+    steps: int = 600
+    samples: int = 16
+    test_patients: int = 20
+    scale: str = "laptop"
+    output: Path = Path("outputs/studies")
+    cache: str = "outputs/cache"
+
+    @property
+    def folder(self) -> Path:
+        """Of the task's rows."""
+        return self.output / f"downstream_{self.task}"
+
+    def facts(self, method: str, pairs: int, seed: int) -> dict[str, Any]:
+        """Return what is known of a row beforehand."""
+        facts = {"task": self.task, "method": method, "pairs": pairs, "seed": seed, "steps": self.steps}
+        facts |= {"vae": self.stages.vae, "ldm": self.stages.ldm, "slices": self.slices, "samples": self.samples}
+        return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem}
+
+    @cached_property
+    def data(self) -> PairedTask:
+        """The data module whose test patients all methods are judged on."""
+        options = PairOptions(reductions=(REDUCTION,))
+        return self._pairs(options=options, num_scans=1, val_patients=1, test_patients=self.test_patients)
+
+    def training_pairs(self, pairs: int) -> PairedBatch:
+        """Return the pairs that a row trains on."""
+        train = self._pairs(num_scans=pairs, val_patients=4, test_patients=1).train_set
+        return train[list(range(len(train)))]  # type: ignore[return-value]
+
+    def _pairs(self, **given: Any) -> PairedTask:
+        numbers = yaml.safe_load(scale_file(self.scale).read_text(encoding="utf-8"))["scale"]["geometry"]
+        data = PairedTask(self.task, ParallelBeam(**numbers), cache=self.cache, **given)
+        data.setup()
+        return data
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """Test pairs and all that results are compared with."""
+        test = self.data.test_set
+        return HeldOut(test[list(range(len(test)))], Radon(self.data.geometry))
+
+    def drawn(self) -> list[int]:
+        """Return the held-out slices that are shown, drawn at random, the same for all methods."""
+        count = len(self.held_out.pairs.input)
+        return sorted(torch.randperm(count, generator=keyed_generator(0, "shown"))[:DRAWN].tolist())
+
+    def stage2(self, seed: int) -> Path:
+        """Return the folder of a seed's stages 1 and 2, trained if they are not there."""
+        folder = self.output / "downstream_stages" / f"{Path(self.scale).stem}-seed{seed}"
+        recipe = Recipe(self.slices, seed, prompts=ALL_PROMPTS, scale=self.scale)
+        try:
+            newest_pretrained(folder / "ldm")
+        except FileNotFoundError:
+            train(recipe, self.stages, folder, self.cache)
+        return folder / "ldm"
+
+    def finetune(
+        self,
+        folder: Path,
+        seed: int,
+        pairs: int,
+        overlay: str | None = None,
+        more: Sequence[str] = (),
+        task: str | None = None,
+        steps: int | None = None,
+    ) -> PairedSystem:
+        """Fine-tune as ``make finetune`` does, or continue; return the result.
+
+        Args:
+            folder: of the runs.
+            seed: of weights, order and draws, and of the stages that it starts from.
+            pairs: to train on.
+            overlay: file of experiments/finetune/methods; None for the bridge.
+            more: words of the command line, for what is varied.
+            task: file of experiments/finetune; None for the plan's task.
+            steps: None for the plan's.
+        """
+        stage2, steps = self.stage2(seed), steps or self.steps
+        files = [HERE / f"{name}.yaml" for name in ("defaults", "finetune/bridge", f"finetune/{task or self.task}")]
+        files += [scale_file(self.scale), *([HERE / f"finetune/methods/{overlay}.yaml"] if overlay else [])]
+        words = ["fit", *(word for file in files for word in ("-c", str(file)))]
+        words += [
+            f"--run.root={folder}",
+            f"--seed_everything={seed}",
+            f"--model.seed={seed}",
+            f"--data.seed={seed}",
+            f"--data.num_scans={pairs}",
+            "--data.val_patients=4",
+            "--data.test_patients=1",
+            f"--data.cache={self.cache}",
+            f"--trainer.max_steps={steps}",
+            f"--trainer.val_check_interval={steps}",
+            *([] if overlay == "regression_pixels" else [f"--model.autoencoder={stage2}"]),
+            *more,
+        ]
+        try:
+            newest_pretrained(folder)
+        except FileNotFoundError:
+            allpet(words)
+        return load(folder)
+
+
+def load(folder: Path) -> PairedSystem:
+    """Load what a fine-tuning left."""
+    path = newest_pretrained(folder)
+    kinds = {"LatentBridge": LatentBridge, "ConditionalDiffusion": ConditionalDiffusion}
+    return kinds[pretrained_class(path)].from_pretrained(path)  # type: ignore[attr-defined, no-any-return]

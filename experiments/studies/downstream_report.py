@@ -1,0 +1,379 @@
+"""The table, the pictures and the conclusions of a downstream study, all computed from its rows.
+
+*Ours* are bridges: plain, attending, or one for all tasks. What is expected of each task is written beside what was
+found; a row that was not run is said to be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from allpet.metrics import standard_image
+from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
+from data_modules.paired_set import PairedSet, read_pairs
+from studies.downstream import expanded
+from studies.downstream_plan import REDUCTION, Plan
+from studies.downstream_scores import interval
+from studies.few_shot import spread
+from studies.rows import Outcome
+
+OURS = ("bridge", "attention", "multi_task")
+SHOWN = {
+    "psnr": "psnr",
+    "ssim": "ssim",
+    "l2": "l2",
+    "psnr_image": "psnr_image",
+    "ssim_image": "ssim_image",
+    "l2_image": "l2_image",
+    "tissue_bias": "tissue_bias_%",
+    "worst_bias": "worst_bias_%",
+    "lesion_max_bias": "lesion_max_%",
+    "lesion_mean_bias": "lesion_mean_%",
+    "lesion_recovery": "lesion_recovery",
+    "hl0": "hl0",
+    "coverage_90": "coverage_90_%",
+    "line_seconds": "seconds",
+}
+"""Columns of the table, and what they are called there; those that end in % are shares in the rows."""
+_GROUP = ("method", "pairs", "nfe", "samples", "attention")
+_PICTURED = ("gauss_oracle", "regression", "ddbm", "bridge", "prior")
+Lines = Sequence[dict[str, Any]]
+
+
+def summary(done: Lines) -> list[dict[str, Any]]:
+    """Return one line per method, pairs and way to sample: mean and, over seeds, standard deviation."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in expanded(list(done)):
+        groups.setdefault(tuple(line[name] for name in _GROUP), []).append(line)
+    table = []
+    for values, group in groups.items():
+        shown = [
+            {title: line[name] * (100 if title.endswith("%") else 1) for name, title in SHOWN.items() if name in line}
+            for line in group
+        ]
+        table.append(
+            dict(zip(_GROUP, values, strict=True)) | {"seeds": len(group)} | spread(shown, list(SHOWN.values()))
+        )
+    return table
+
+
+def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
+    """Say what was found of all that the task is expected to show."""
+    found = _Found(plan, expanded(outcome.done))
+    if plan.task == "low_dose":
+        said = [
+            _against_oracle(found),
+            _against_regression(found),
+            _limits(found, {"tissue_bias": 0.02, "lesion_max_bias": 0.10}),
+            _dbim_against_ddbm(found),
+            _attention(plan, outcome),
+            _coverage(found),
+            _pretraining(found, plan),
+            _prior(found),
+        ]
+    elif plan.task == "attenuation":
+        said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
+    else:
+        said = [_biases_beside(found, other) for other in ("identity", "regression")]
+    return [*said, _one_for_all(found), _synthesis(found)]
+
+
+class _Found:
+    """The lines of a study, looked up by what they are, averaged over seeds."""
+
+    def __init__(self, plan: Plan, lines: Lines) -> None:
+        self.plan, self.lines = plan, lines
+
+    def of(self, method: str, pairs: int | None = None, **facts: Any) -> list[dict[str, Any]]:
+        """Return the lines of a method with the study's number of pairs, or another."""
+        wanted = {"method": method, "pairs": pairs or self.plan.pairs, **facts}
+        return [line for line in self.lines if all(line[name] == value for name, value in wanted.items())]
+
+    def settings(self, methods: Sequence[str], limit: int = 10_000) -> list[list[dict[str, Any]]]:
+        """Return groups of lines, seeds together, of all ways to sample with at most so many calls."""
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for method in methods:
+            for line in self.of(method):
+                if line["nfe"] <= limit and not str(line["attention"]).startswith("roi"):
+                    groups.setdefault(tuple(line[name] for name in _GROUP), []).append(line)
+        return list(groups.values())
+
+    def best(self, methods: Sequence[str], name: str = "psnr", limit: int = 10_000) -> list[dict[str, Any]]:
+        """Return the group with the largest mean, or nothing."""
+        return max(self.settings(methods, limit), key=lambda group: over(group, name), default=[])
+
+
+def over(group: Lines, name: str) -> float:
+    """Return the mean of a column."""
+    return mean(float(line[name]) for line in group)
+
+
+def named(group: Lines) -> str:
+    """Say which method and way to sample a group is."""
+    line = group[0]
+    calls = f", {line['nfe']} call{'s' * (line['nfe'] != 1)}" if line["nfe"] else ""
+    many = f", mean of {line['samples']} samples" if line["samples"] > 1 else ""
+    attention = f", attention {line['attention']}" if line["attention"] else ""
+    return f"{line['method']}{calls}{many}{attention} ({len(group)} seed{'s' * (len(group) != 1)})"
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "does not hold"
+
+
+def _missing(*methods: str) -> str:
+    return f"Not all of {', '.join(methods)} have been run."
+
+
+def _against_oracle(found: _Found) -> str:
+    ours, oracle = found.best(OURS), found.of("gauss_oracle")
+    if not ours or not oracle:
+        return _missing("bridge", "gauss_oracle")
+    gain = over(ours, "psnr") - over(oracle, "psnr")
+    return (
+        f"Reduction {REDUCTION}, sinogram PSNR: our best, {named(ours)}, {over(ours, 'psnr'):.2f} dB, best-Gauss "
+        f"oracle {over(oracle, 'psnr'):.2f} dB: {gain:+.2f} dB where +2 is expected: {_verdict(gain >= 2)}."
+    )
+
+
+def _against_regression(found: _Found) -> str:
+    ours, theirs = found.best(OURS), found.best(("regression", "regression_pixels"))
+    if not ours or not theirs:
+        return _missing("bridge", "regression")
+    gain = over(ours, "psnr") - over(theirs, "psnr")
+    return (
+        f"Sinogram PSNR of our best, {named(ours)}, against the regression U-Net's best, {named(theirs)}: {gain:+.2f} "
+        f"dB; at least as good {_verdict(gain >= 0)}."
+    )
+
+
+def _limits(found: _Found, limits: dict[str, float]) -> str:
+    """Hold the row of the highest PSNR against limits."""
+    ours = found.best(OURS)
+    if not ours:
+        return _missing("bridge")
+    parts = []
+    for name, limit in limits.items():
+        value, times, unit = abs(over(ours, name)), *((1, "") if name == "hl0" else (100, " %"))
+        words = {"tissue_bias": "mean tissue bias", "worst_bias": "worst tissue", "hl0": "Helgason-Ludwig moment 0"}
+        parts.append(
+            f"{words.get(name, 'mean lesion SUVmax bias')} {times * value:.3g}{unit} (at most {times * limit:g}{unit}: "
+            f"{_verdict(value <= limit)})"
+        )
+    return f"Our best, {named(ours)}: {'; '.join(parts)}."
+
+
+def _dbim_against_ddbm(found: _Found) -> str:
+    ours, theirs = found.best(("bridge",), limit=10), found.of("ddbm")
+    if not ours or not theirs:
+        return _missing("bridge", "ddbm")
+    psnr, ssim = (over(ours, name) - over(theirs, name) for name in ("psnr", "ssim"))
+    bias = 100 * (over(ours, "tissue_bias") - over(theirs, "tissue_bias"))
+    holds = psnr >= -0.1 and ssim >= -0.005 and bias <= 0.2
+    return (
+        f"{named(ours)} against DDBM as published with {theirs[0]['nfe']} calls: PSNR {psnr:+.2f} dB, SSIM "
+        f"{ssim:+.4f}, tissue bias {bias:+.2f} points; at most .1 dB, .005 and .2 points worse {_verdict(holds)}."
+    )
+
+
+def _attention(plan: Plan, outcome: Outcome) -> str:
+    kept = [
+        torch.load(plan.folder / row["row"] / "scores.pt", weights_only=True)
+        for row in outcome.done
+        if row["method"] == "attention" and (plan.folder / row["row"] / "scores.pt").exists()
+    ]
+    if not kept:
+        return _missing("attention")
+    parts = []
+    for label, name in (("1-1-1", "hot and cold areas"), ("1-1-roi", "lesions drawn as ROI")):
+        for kind, column, words, change in (
+            ("lesions", "lesion_recovery", "contrast recovery", lambda after, before: after - before),
+            ("lesions", "lesion_max_bias", "size of the SUVmax bias", lambda after, before: after.abs() - before.abs()),
+            ("targets", "l2_elsewhere", "relative error elsewhere", lambda after, before: after - before),
+        ):
+            parts.append(f"{name}, {words} {_interval(kept, '1-1-0', label, kind, column, change)}")
+    moved = [
+        line for line in expanded(outcome.done) if line["method"] == "attention" and line["attention"] == "roi moved"
+    ]
+    inside, outside = over(moved, "change_in_roi"), over(moved, "change_outside_roi")
+    return (
+        f"Attention of strength 1 against none, mean difference and 95 % interval: {'; '.join(parts)}. A ROI moved "
+        f"away from the lesions changes the image by {100 * inside:.2g} % of its mean inside and {100 * outside:.2g} % "
+        "outside."
+    )
+
+
+def _interval(
+    kept: Sequence[dict[str, Any]],
+    before: str,
+    after: str,
+    kind: str,
+    column: str,
+    change: Callable[[Tensor, Tensor], Tensor],
+) -> str:
+    differences = [change(one[after][kind][column], one[before][kind][column]) for one in kept]
+    middle, low, high = interval(differences, [one[before][kind]["patient"] for one in kept])
+    return f"{middle:+.3g} ({low:+.3g} to {high:+.3g})"
+
+
+def _coverage(found: _Found) -> str:
+    lines = [line for line in found.of("bridge") if "coverage_90" in line]
+    if not lines:
+        return _missing("bridge with several samples")
+    gauss, quantile = over(lines, "coverage_90"), over(lines, "coverage_90_quantile")
+    return (
+        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in "
+        f"{100 * gauss:.1f} % of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
+        f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off."
+    )
+
+
+def _pretraining(found: _Found, plan: Plan) -> str:
+    parts = []
+    for pairs in sorted({line["pairs"] for line in found.lines}):
+        ours, scratch = (found.of(name, pairs, nfe=1) for name in ("bridge", "bridge_scratch"))
+        seeds = {line["seed"] for line in ours} & {line["seed"] for line in scratch}
+        if seeds:
+            both = [[line for line in group if line["seed"] in seeds] for group in (ours, scratch)]
+            gain = over(both[0], "psnr") - over(both[1], "psnr")
+            parts.append(f"{pairs} pairs {gain:+.2f} dB ({len(seeds)} seeds)")
+    if not parts:
+        return _missing("bridge", "bridge_scratch")
+    return f"Begun from stage 2 against from scratch, sinogram PSNR of one call: {', '.join(parts)}."
+
+
+def _prior(found: _Found) -> str:
+    prior, given, oracle = found.best(("prior",)), found.of("identity"), found.of("gauss_oracle")
+    if not prior or not given or not oracle:
+        return _missing("prior", "identity", "gauss_oracle")
+    return (
+        f"Without pairs, stage 2 alone, {named(prior)}: {over(prior, 'psnr'):.2f} dB; the input has "
+        f"{over(given, 'psnr'):.2f} dB and the oracle {over(oracle, 'psnr'):.2f} dB."
+    )
+
+
+def _biases_beside(found: _Found, other: str) -> str:
+    ours, theirs = found.best(OURS), found.of(other)
+    if not ours or not theirs:
+        return _missing("bridge", other)
+    parts = []
+    for name, words in (
+        ("tissue_bias", "mean tissue bias"),
+        ("lesion_mean_bias_abs", "mean size of lesion SUVmean bias"),
+    ):
+        mine, other_value = over(ours, name), over(theirs, name)
+        verdict = "better" if mine < other_value else "not better"
+        parts.append(f"{words} {100 * mine:.1f} % against {100 * other_value:.1f} %: {verdict}")
+    return f"Our best, {named(ours)}, beside {other}: {'; '.join(parts)}."
+
+
+def _one_for_all(found: _Found) -> str:
+    one, own = found.of("multi_task", nfe=1), found.of("bridge", nfe=1)
+    if not one or not own:
+        return _missing("multi_task", "bridge")
+    return (
+        f"One bridge for all tasks against the task's own, one call: sinogram PSNR {over(one, 'psnr'):.2f} and "
+        f"{over(own, 'psnr'):.2f} dB."
+    )
+
+
+def _synthesis(found: _Found) -> str:
+    for pairs in sorted({line["pairs"] for line in found.lines}):
+        more, few = found.of("regression_synthetic", pairs), found.of("regression", pairs)
+        seeds = {line["seed"] for line in more} & {line["seed"] for line in few}
+        if seeds:
+            both = [[line for line in group if line["seed"] in seeds] for group in (more, few)]
+            gain = over(both[0], "psnr") - over(both[1], "psnr")
+            said = "helps" if gain > 0 else "does not help"
+            return (
+                f"Generated pairs beside {pairs} real ones: the regression U-Net changes by {gain:+.2f} dB "
+                f"({len(seeds)} seeds): it {said}."
+            )
+    return _missing("regression_synthetic", "regression with as few pairs")
+
+
+def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
+    """Draw the page of pictures, and for low dose the calibration curve; return what was written."""
+    kept: dict[str, Tensor] = {}
+    seed = min((row["seed"] for row in outcome.done), default=0)
+    for name in _PICTURED:
+        rows = [row for row in outcome.done if row["method"] == name and row["pairs"] == plan.pairs]
+        rows = [row for row in rows if row["seed"] == seed]
+        if rows and (file := plan.folder / rows[0]["row"] / "pictures.pt").exists():
+            for label, result in torch.load(file, weights_only=True).items():
+                nfe, samples, _ = label.split("-", 2)
+                if name != "bridge" or (nfe, samples) in (("1", "1"), ("5", "1"), ("20", "1")):
+                    kept[f"{name}, {nfe}" if name == "bridge" else name] = result.float()
+    written = [save_figure(_page(plan, kept), path)]
+    rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
+    generated = [plan.folder / row["row"] / "generated.safetensors" for row in rows]
+    if generated and generated[0].exists():
+        pairs = read_pairs(generated[0], plan.task, plan.data.geometry)
+        written.append(save_figure(_generated(plan, pairs), path.with_name(f"{path.stem}_pairs.png")))
+    if found := curves(outcome.done):
+        written.append(save_figure(_calibration(found), path.with_name(f"{path.stem}_calibration.png")))
+    return written
+
+
+def curves(done: Lines) -> list[list[dict[str, float]]]:
+    """Return the calibration curves of the rows that have one."""
+    return [line["calibration"] for row in done for line in row["lines"] if "calibration" in line]
+
+
+def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:
+    """Four lines for each slice: sinograms, their errors, images, their errors; of two targets the first."""
+    held_out, chosen = plan.held_out, plan.drawn()
+    pairs, radon = held_out.pairs, held_out.radon
+    truth, given = pairs.expected[chosen, :1], pairs.input[chosen]
+    given = given * (truth.sum() / given.sum())
+    shown = {"target": truth, "input": given, **{name: result[:, :1] for name, result in results.items()}}
+    rows, labels = [], []
+    names = pairs.prompt.names()
+    for place, number in enumerate(chosen):
+        for what in ("sinogram", "image"):
+            views = {name: values[place : place + 1] for name, values in shown.items()}
+            if what == "image":
+                views = {name: standard_image(radon, values) for name, values in views.items()}
+            reference = views["target"]
+            limit = top(reference)
+            rows.append([Tile(values[0, 0], (0, limit), name) for name, values in views.items()])
+            errors = [Tile((v - reference)[0, 0], (-limit / 4, limit / 4), "", DIFFERENCE) for v in views.values()]
+            rows.append(errors)
+            labels += [f"{names[number]}\n{what}", "minus target\n(+- a quarter)"]
+    title = f"{plan.task}: slices drawn at random among the held-out ones; the input has the target's scale"
+    return draw_grid(rows, labels, title)
+
+
+def _generated(plan: Plan, pairs: PairedSet, count: int = 8) -> Figure:
+    """The first generated pairs, not chosen: input and targets, sinogram above image."""
+    batch, radon = pairs[list(range(min(count, len(pairs))))], plan.held_out.radon
+    shown = {"input": batch.input}
+    shown |= {f"target {k + 1}": batch.expected[:, k : k + 1] for k in range(batch.expected.shape[1])}
+    rows, labels = [], []
+    for name, sinograms in shown.items():
+        for what, values in (("", sinograms), ("\nimage", standard_image(radon, sinograms))):
+            names = batch.prompt.names() if not rows else [""] * len(values)
+            rows.append([Tile(v[0], (0, top(v)), title) for v, title in zip(values, names, strict=True)])
+            labels.append(name + what)
+    return draw_grid(rows, labels, f"{plan.task}: generated pairs")
+
+
+def _calibration(found: Sequence[Lines]) -> Figure:
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
+    for name, label in (("gauss", "mean +- z std"), ("quantile", "quantiles of the samples")):
+        levels = [point["level"] for point in found[0]]
+        covered = [mean(curve[i][name] for curve in found) for i in range(len(levels))]
+        axis.plot(levels, covered, "o-", markersize=4, label=label)
+    axis.set_xlabel("nominal level")
+    axis.set_ylabel("share of the object's bins whose truth is inside")
+    axis.legend(fontsize=8)
+    return figure

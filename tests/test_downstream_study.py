@@ -1,0 +1,253 @@
+"""The study of downstream tasks: what it measures, says and draws, on results that are known beforehand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from allpet import ParallelBeam, Radon
+from allpet.metrics import standard_image
+from allpet.prompts import Prompt
+from allpet.randomness import keyed_generator
+from allpet.simulation.tasks import TASKS, PairedBatch, PairOptions, make_pairs
+from allpet.simulation.tissues import LABELS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from studies import downstream, downstream_report
+from studies.downstream_plan import Plan
+from studies.downstream_scores import HeldOut, calibration, interval
+from studies.rows import Outcome, run_rows
+
+from data_modules.paired_set import write_pairs
+
+GEOMETRY = ParallelBeam(32, 40, 10.8, 40, 10.8)
+
+
+def disc(x: torch.Tensor, y: torch.Tensor, a: float, b: float, radius: float) -> torch.Tensor:
+    return (x - a) ** 2 + (y - b) ** 2 < radius**2
+
+
+@pytest.fixture(scope="module")
+def held_out() -> HeldOut:
+    """Bodies of liver with a hot lesion, at four places."""
+    x, y = GEOMETRY.pixel_centers
+    labels, activity = [], []
+    for i in range(4):
+        a, b = (torch.rand(2, generator=keyed_generator(i, "lesion")) * 80 - 40).tolist()
+        label = torch.zeros(GEOMETRY.image_shape, dtype=torch.uint8)
+        label[disc(x, y, 0, 0, 150)] = LABELS["liver"]
+        label[disc(x, y, a, b, 30)] = LABELS["lesion_hot"]
+        labels.append(label)
+        activity.append((label > 0).float() + 4 * (label == LABELS["lesion_hot"]))
+    image = torch.stack(activity)[:, None]
+    sinogram = Radon(GEOMETRY).project(image)
+    n = len(sinogram)
+    pairs = PairedBatch(
+        input=sinogram,
+        expected=sinogram,
+        noisy=sinogram,
+        activity=image,
+        labels=torch.stack(labels)[:, None],
+        attenuation=None,
+        task=torch.zeros(n, dtype=torch.int64),
+        prompt=Prompt.of(["FDG:abdomen"] * n),
+        target_tracer=torch.ones(n, 1, dtype=torch.int64),
+        delay_min=torch.zeros(n),
+        dose=torch.ones(n),
+        share=torch.ones(n, 1),
+        sample_id=torch.arange(n),
+        patient_id=torch.arange(n) // 2,
+    )
+    return HeldOut(pairs, Radon(GEOMETRY))
+
+
+# -------------------------------------------------------------------------------------------------------- scores
+
+
+def test_the_truth_is_without_error_and_a_scaled_truth_has_that_bias(held_out):
+    perfect = held_out.score(held_out.pairs.expected).numbers
+    assert perfect["l2"] == perfect["l2_image"] == perfect["tissue_bias"] == perfect["lesion_max_bias"] == 0
+    assert perfect["ssim"] == pytest.approx(1)
+    assert perfect["lesion_recovery"] == pytest.approx(1)
+    assert perfect["hl0"] < 2e-3
+    weak = held_out.score(0.9 * held_out.pairs.expected).numbers
+    for name in ("lesion_max_bias", "lesion_mean_bias"):
+        assert weak[name] == pytest.approx(-0.1, abs=1e-3)
+    assert weak["tissue_bias"] == weak["worst_bias"] == pytest.approx(0.1, abs=1e-3)
+    assert weak["l2"] == pytest.approx(0.1)
+    assert weak["lesion_recovery"] == pytest.approx(1, abs=1e-3), "contrast has no scale"
+
+
+def test_lesions_left_out_are_lost_contrast_and_nothing_else(held_out):
+    liver = (held_out.pairs.labels > 0).float()
+    scores = held_out.score(held_out.radon.project(liver))
+    assert len(held_out.lesions) == 4
+    assert all(lesion.contrast > 3 for lesion in held_out.lesions)
+    assert scores.numbers["lesion_recovery"] == pytest.approx(0, abs=0.05)
+    assert scores.numbers["lesion_mean_bias"] < -0.6
+    assert scores.numbers["tissue_bias"] < 0.1
+    assert scores.numbers["l2_elsewhere"] < 0.3 * scores.numbers["l2_image"]
+    assert (scores.lesions["patient"] == torch.tensor([0, 0, 1, 1])).all()
+
+
+def test_targets_that_show_nothing_are_left_out():
+    """Of two tracers, one of which is not there."""
+    radon = Radon(GEOMETRY)
+    options = PairOptions()
+    pairs = make_pairs("separation", radon, 3, "abdomen", ("FDG", "PSMA"), 2, options)
+    empty = pairs._replace(expected=pairs.expected * torch.tensor([1.0, 0.0])[None, :, None, None])
+    held_out = HeldOut(empty, radon)
+    assert len(held_out.truth) == 2
+    assert held_out.score(empty.expected).numbers["l2"] == 0
+    both = HeldOut(pairs, radon)
+    assert {name.split()[0] for name in _tissues(both)} == {"FDG", "PSMA"}, "tissues are judged tracer by tracer"
+    with pytest.raises(ValueError, match=r"The results have shape \(2, 1, 32, 40\), the targets \(2, 2, 32, 40\)"):
+        both.score(pairs.input)
+
+
+def _tissues(held_out: HeldOut) -> list[str]:
+    """Return the worst tissue when the first, then when the second tracer is doubled."""
+    found = []
+    for target in (0, 1):
+        factor = torch.ones(2)
+        factor[target] = 2
+        numbers = held_out.score(held_out.pairs.expected * factor[None, :, None, None]).numbers
+        assert numbers["worst_bias"] == pytest.approx(1, abs=1e-2)
+        found.append(str(numbers["worst_tissue"]))
+    return found
+
+
+def test_intervals_of_a_gaussian_hold_what_they_promise():
+    truth = torch.zeros(1, 1, 40, 100) + 10
+    draws = torch.randn(101, 1, 1, 40, 100, generator=keyed_generator("draws"))
+    truth = truth + torch.randn(truth.shape, generator=keyed_generator("truth"))
+    curve = calibration(10 + draws, truth)
+    for point in curve:
+        assert point["gauss"] == pytest.approx(point["level"], abs=0.03)
+        assert point["quantile"] == pytest.approx(point["level"], abs=0.04)
+    narrow = calibration(10 + 0.5 * draws, truth)
+    assert narrow[-2]["gauss"] == pytest.approx(0.589, abs=0.03)  # P(|z| < 1.645 / 2)
+    with pytest.raises(ValueError, match="at least 2 samples; got 1"):
+        calibration(draws[:1], truth)
+
+
+def test_intervals_of_differences_are_over_patients():
+    values = torch.randn(400, generator=keyed_generator("values")) + 1
+    middle, low, high = interval([values], [torch.arange(400)])
+    assert middle == pytest.approx(float(values.mean()), rel=1e-6)
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.2)
+    alike = torch.randn(20, generator=keyed_generator("patients"))[torch.arange(400) // 20] + 1
+    _, low, high = interval([alike, torch.full((3,), torch.nan)], [torch.arange(400) // 20, torch.zeros(3)])
+    assert (high - low) / 2 > 0.25, "slices of a patient are no independent evidence"
+
+
+# ---------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_required_row_is_there_and_what_matters_most_comes_first(task):
+    rows = downstream.rows(Plan(task=task))
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == "identity"
+    methods = {row.facts["method"] for row in rows}
+    assert {"identity", "regression", "bridge", "multi_task", "regression_synthetic"} <= methods
+    low_dose = {"gauss_oracle", "regression_pixels", "conditional", "ddbm", "attention", "prior", "bridge_scratch"}
+    assert (low_dose <= methods) == (task == "low_dose")
+    for seed in (0, 1, 2):
+        assert {f"bridge-n500-seed{seed}", f"regression-n500-seed{seed}"} <= set(keys)
+    if task == "low_dose":
+        for pairs in (50, 100, 200, 500):
+            assert {f"bridge-n{pairs}-seed1", f"bridge_scratch-n{pairs}-seed1"} <= set(keys)
+    assert keys.index("bridge-n500-seed0") < keys.index("bridge-n500-seed1") < keys.index("multi_task-n500-seed0")
+
+
+def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
+    plan = _plan(tmp_path, held_out)
+    untrained = [row for row in downstream.rows(plan) if row.key in downstream.UNTRAINED]
+    outcome = run_rows(untrained, plan.folder)
+    lines = downstream.expanded(outcome.done)
+    assert [line["method"] for line in lines] == ["identity", "gauss_oracle"]
+    assert lines[0]["l2"] == 0, "here the input is the target"
+    assert lines[1]["fwhm_bins"] == 0
+    assert (tmp_path / "downstream_low_dose/identity/scores.pt").exists()
+    said = downstream_report.conclusions(plan, outcome)
+    assert all("been run" in sentence for sentence in said), "nothing is concluded from rows that are missing"
+    written = downstream_report.draw(plan, outcome, tmp_path / "page.png")
+    assert [path.name for path in written] == ["page.png"]
+    assert written[0].stat().st_size > 10_000
+    generated = row("regression_synthetic")
+    write_pairs(plan.folder / generated["row"] / "generated.safetensors", held_out.pairs)
+    generated["lines"][0]["calibration"] = calibration(torch.rand(3, 1, 1, 4, 4), torch.rand(1, 1, 4, 4))
+    more = Outcome([*outcome.done, generated], [], 0.0)
+    written = downstream_report.draw(plan, more, tmp_path / "page.png")
+    assert [path.name for path in written] == ["page.png", "page_pairs.png", "page_calibration.png"]
+
+
+def _plan(folder: Path, held_out: HeldOut) -> Plan:
+    plan = Plan("low_dose", output=folder)
+    vars(plan)["held_out"] = held_out
+    vars(plan)["data"] = SimpleNamespace(geometry=GEOMETRY)
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------- conclusions
+
+
+def row(method: str, seed: int = 0, pairs: int = 500, **lines: Any) -> dict[str, Any]:
+    """A finished row of one line."""
+    shown = {"nfe": 1, "samples": 1, "attention": "", "psnr": 30.0, "ssim": 0.9, "tissue_bias": 0.01, "hl0": 0.01}
+    shown |= {"worst_bias": 0.05, "lesion_max_bias": -0.05, "lesion_mean_bias": -0.05, "lesion_mean_bias_abs": 0.06}
+    facts = {"row": f"{method}-{seed}", "method": method, "pairs": pairs, "seed": seed}
+    return {**facts, "lines": [{**shown, **lines}]}
+
+
+def said(task: str, *rows: dict[str, Any]) -> str:
+    return " ".join(downstream_report.conclusions(Plan(task=task), Outcome(list(rows), [], 0.0)))
+
+
+def test_conclusions_follow_from_the_numbers():
+    ours, oracle = [row("bridge", s, psnr=33.0 + s) for s in (0, 1)], row("gauss_oracle", nfe=0, psnr=31.0)
+    good = said("low_dose", *ours, oracle, row("regression", psnr=33.2), row("ddbm", psnr=33.0, nfe=119))
+    assert "our best, bridge, 1 call (2 seeds), 33.50 dB, best-Gauss oracle 31.00 dB: +2.50 dB" in good
+    assert "where +2 is expected: holds" in good
+    assert "+0.30 dB; at least as good holds" in good
+    assert "mean tissue bias 1 % (at most 2 %: holds); mean lesion SUVmax bias 5 % (at most 10 %: holds)" in good
+    assert "against DDBM as published with 119 calls: PSNR +0.50 dB" in good
+    poor = said("low_dose", row("bridge", psnr=32.0, tissue_bias=0.03), oracle, row("regression", psnr=33.0))
+    assert "+1.00 dB where +2 is expected: does not hold" in poor
+    assert "-1.00 dB; at least as good does not hold" in poor
+    assert "mean tissue bias 3 % (at most 2 %: does not hold)" in poor
+    assert "Not all of bridge, ddbm have been run" in poor
+
+
+def test_conclusions_of_the_other_tasks_and_of_what_helps():
+    text = said("attenuation", row("bridge", hl0=0.04), row("regression", psnr=29.0))
+    assert "worst tissue 5 % (at most 10 %: holds); Helgason-Ludwig moment 0 0.04 (at most 0.03: does not hold)" in text
+    text = said("delayed", row("bridge"), row("identity", nfe=0, tissue_bias=0.2), row("regression", tissue_bias=0.005))
+    assert "beside identity: mean tissue bias 1.0 % against 20.0 %: better" in text
+    assert "beside regression: mean tissue bias 1.0 % against 0.5 %: not better" in text
+    few = [row("regression", pairs=50, psnr=27.0), row("regression_synthetic", pairs=50, psnr=28.0)]
+    assert "beside 50 real ones: the regression U-Net changes by +1.00 dB (1 seeds): it helps" in said("delayed", *few)
+    scratch = [row("bridge", pairs=50), row("bridge_scratch", pairs=50, psnr=29.0)]
+    assert "50 pairs +1.00 dB (1 seeds)" in said("low_dose", *scratch)
+    covered = row("bridge", samples=16, coverage_90=0.8, coverage_90_quantile=0.7)
+    assert "85 to 95 % does not hold" in said("low_dose", covered)
+
+
+def test_the_summary_is_over_seeds():
+    table = downstream_report.summary([row("bridge", s, psnr=30.0 + s, tissue_bias=0.01 * s) for s in (0, 1, 2)])
+    assert len(table) == 1
+    assert table[0]["psnr"] == "31 ± 1"
+    assert table[0]["tissue_bias_%"] == "1 ± 1"
+    json.dumps(table)
+
+
+def test_images_are_those_of_the_one_reconstruction(held_out):
+    torch.testing.assert_close(held_out.image, standard_image(held_out.radon, held_out.truth))
