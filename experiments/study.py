@@ -52,8 +52,8 @@ REMARKS = {
     "stages. The VAE's decoder has one channel and no range layer. Resampled training slices are copies: they show "
     "what distances copying reaches. Peak memory is the process's resident memory after the row.",
     "downstream": "Simulated pairs, 64 x 80 by default; all methods train on the same pairs for the same steps and, "
-    "but for what has none, with the same network; held-out patients. Compared with the expected targets, in the sinogram and "
-    "after one fixed reconstruction (OSEM, 3 iterations of 14 subsets, 4 mm); a noisy target is itself some 26 dB "
+    "but for what has none, with the same network; held-out patients. Compared with the expected targets, in the "
+    "sinogram and after one fixed reconstruction (OSEM, 3 iterations of 14 subsets, 4 mm); a noisy target is itself some 26 dB "
     "from its expectation. tissue_bias: mean over tissues of the size of the bias of their uptake over all held-out "
     "slices; worst_bias: the largest. lesion_max, lesion_mean: mean signed bias of hot lesions' SUVmax and SUVmean; "
     "lesion_recovery: share of their contrast. bridge is ours; bridge_scratch is the same without stage 2; multi_task "
