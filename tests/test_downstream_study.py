@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,12 +234,35 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
     text = said("delayed", row("bridge"), row("identity", nfe=0, tissue_bias=0.2), row("regression", tissue_bias=0.005))
     assert "beside identity: mean tissue bias 1.0 % against 20.0 %: better" in text
     assert "beside regression: mean tissue bias 1.0 % against 0.5 %: not better" in text
-    few = [row("regression", pairs=50, psnr=27.0), row("regression_synthetic", pairs=50, psnr=28.0)]
-    assert "beside 50 real ones: the regression U-Net changes by +1.00 dB (1 seeds): it helps" in said("delayed", *few)
-    scratch = [row("bridge", pairs=50), row("bridge_scratch", pairs=50, psnr=29.0)]
-    assert "50 pairs +1.00 dB (1 seeds)" in said("low_dose", *scratch)
     covered = row("bridge", samples=16, coverage_90=0.8, coverage_90_quantile=0.7)
     assert "85 to 95 % does not hold" in said("low_dose", covered)
+
+
+def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):
+    plan = Plan(task="low_dose", output=tmp_path)
+    rows = []
+    noise = torch.randn(60, generator=keyed_generator("slices"))
+    methods = {"regression": 27.0, "regression_synthetic": 28.0, "bridge": 30.0, "bridge_scratch": 30.0}
+    for method, level in methods.items():
+        one = row(method, pairs=50)
+        own = torch.randn(60, generator=keyed_generator(method))
+        targets = {"psnr": level + 5 * noise + 0.2 * own, "patient": torch.arange(60) // 3}
+        (plan.folder / one["row"]).mkdir(parents=True)
+        torch.save({"1-1-": {"targets": targets}}, plan.folder / one["row"] / "scores.pt")
+        rows.append(one)
+    text = " ".join(downstream_report.conclusions(plan, Outcome(rows, [], 0.0)))
+    assert re.search(r"beside 50 real ones: .* changes by \+(0\.9|1\.0)\d dB .* 1 seeds\): it helps", text)
+    assert re.search(r"50 pairs [+-]0\.[01]\d dB \(-0\.\d+ to \+0\.\d+, 1 seeds\)", text)
+    other = {"regression": "regression_synthetic", "regression_synthetic": "regression"}
+    swapped = [{**one, "method": other[one["method"]]} for one in rows[:2]]
+    assert "it harms" in " ".join(downstream_report.conclusions(plan, Outcome(swapped, [], 0.0)))
+
+
+def test_many_samples_cost_their_calls():
+    lines = row("bridge", psnr=31.0, nfe=5), row("bridge", psnr=35.0, nfe=5, samples=16)
+    text = said("low_dose", *lines, row("ddbm", psnr=32.0, nfe=119), row("gauss_oracle", psnr=30.0))
+    assert "bridge, 5 calls (1 seed) against DDBM as published with 119 calls: PSNR -1.00 dB" in text
+    assert "our best, bridge, 5 calls, mean of 16 samples (1 seed), 35.00 dB" in text
 
 
 def test_the_summary_is_over_seeds():

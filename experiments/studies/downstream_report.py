@@ -75,14 +75,14 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
             _dbim_against_ddbm(found),
             _attention(plan, outcome),
             _coverage(found),
-            _pretraining(found, plan),
+            _pretraining(found, plan, outcome),
             _prior(found),
         ]
     elif plan.task == "attenuation":
         said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
     else:
         said = [_biases_beside(found, other) for other in ("identity", "regression")]
-    return [*said, _one_for_all(found), _synthesis(found)]
+    return [*said, _one_for_all(found), _synthesis(found, plan, outcome)]
 
 
 class _Found:
@@ -97,11 +97,11 @@ class _Found:
         return [line for line in self.lines if all(line[name] == value for name, value in wanted.items())]
 
     def settings(self, methods: Sequence[str], limit: int = 10_000) -> list[list[dict[str, Any]]]:
-        """Return groups of lines, seeds together, of all ways to sample with at most so many calls."""
+        """Return groups of lines, seeds together, of all ways to sample with at most so many calls per slice."""
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for method in methods:
             for line in self.of(method):
-                if line["nfe"] <= limit and not str(line["attention"]).startswith("roi"):
+                if line["nfe"] * line["samples"] <= limit and not str(line["attention"]).startswith("roi"):
                     groups.setdefault(tuple(line[name] for name in _GROUP), []).append(line)
         return list(groups.values())
 
@@ -235,18 +235,32 @@ def _coverage(found: _Found) -> str:
     )
 
 
-def _pretraining(found: _Found, plan: Plan) -> str:
+def _pretraining(found: _Found, plan: Plan, outcome: Outcome) -> str:
     parts = []
     for pairs in sorted({line["pairs"] for line in found.lines}):
-        ours, scratch = (found.of(name, pairs, nfe=1) for name in ("bridge", "bridge_scratch"))
-        seeds = {line["seed"] for line in ours} & {line["seed"] for line in scratch}
-        if seeds:
-            both = [[line for line in group if line["seed"] in seeds] for group in (ours, scratch)]
-            gain = over(both[0], "psnr") - over(both[1], "psnr")
-            parts.append(f"{pairs} pairs {gain:+.2f} dB ({len(seeds)} seeds)")
+        gain = _gain(plan, outcome, "bridge", "bridge_scratch", pairs)
+        if gain is not None:
+            parts.append(f"{pairs} pairs {gain[0]:+.2f} dB ({gain[1]:+.2f} to {gain[2]:+.2f}, {gain[3]} seeds)")
     if not parts:
         return _missing("bridge", "bridge_scratch")
-    return f"Begun from stage 2 against from scratch, sinogram PSNR of one call: {', '.join(parts)}."
+    return (
+        "Begun from stage 2 against from scratch, sinogram PSNR of one call and 95 % interval over patients: "
+        f"{', '.join(parts)}."
+    )
+
+
+def _gain(plan: Plan, outcome: Outcome, ours: str, theirs: str, pairs: int) -> tuple[float, float, float, int] | None:
+    """Return how much PSNR one method gains on another by one call: mean, 95 % interval and number of seeds."""
+    kept: dict[str, dict[int, dict[str, Any]]] = {ours: {}, theirs: {}}
+    for row in outcome.done:
+        file = plan.folder / row["row"] / "scores.pt"
+        if row["method"] in kept and row["pairs"] == pairs and file.exists():
+            kept[row["method"]][row["seed"]] = torch.load(file, weights_only=True)["1-1-"]["targets"]
+    seeds = sorted(kept[ours].keys() & kept[theirs].keys())
+    if not seeds:
+        return None
+    differences = [kept[ours][seed]["psnr"] - kept[theirs][seed]["psnr"] for seed in seeds]
+    return *interval(differences, [kept[ours][seed]["patient"] for seed in seeds]), len(seeds)
 
 
 def _prior(found: _Found) -> str:
@@ -284,17 +298,14 @@ def _one_for_all(found: _Found) -> str:
     )
 
 
-def _synthesis(found: _Found) -> str:
+def _synthesis(found: _Found, plan: Plan, outcome: Outcome) -> str:
     for pairs in sorted({line["pairs"] for line in found.lines}):
-        more, few = found.of("regression_synthetic", pairs), found.of("regression", pairs)
-        seeds = {line["seed"] for line in more} & {line["seed"] for line in few}
-        if seeds:
-            both = [[line for line in group if line["seed"] in seeds] for group in (more, few)]
-            gain = over(both[0], "psnr") - over(both[1], "psnr")
-            said = "helps" if gain > 0 else "does not help"
+        gain = _gain(plan, outcome, "regression_synthetic", "regression", pairs)
+        if gain is not None:
+            said = "helps" if gain[1] > 0 else "harms" if gain[2] < 0 else "makes no difference that can be told"
             return (
-                f"Generated pairs beside {pairs} real ones: the regression U-Net changes by {gain:+.2f} dB "
-                f"({len(seeds)} seeds): it {said}."
+                f"Generated pairs beside {pairs} real ones: the PSNR of the regression U-Net changes by {gain[0]:+.2f} "
+                f"dB (95 % interval {gain[1]:+.2f} to {gain[2]:+.2f}, {gain[3]} seeds): it {said}."
             )
     return _missing("regression_synthetic", "regression with as few pairs")
 
