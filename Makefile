@@ -101,6 +101,7 @@ ifeq ($(NAME),one_channel)
 else
 	$(call FIT,baselines/$(NAME))
 endif
+
 restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= ROI= MODEL=)
 	@test -n "$(TASK)" -a -n "$(DATA)" || \
 		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }

@@ -70,6 +70,14 @@ class CopyWatch(Callback):
         self._held_out: Tensor | None = None
         self._prompt: Prompt | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how often has been validated, so that a resumed training measures when it would have."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self._validations = state_dict["validations"]
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample, measure and log, unless this is the sanity check; stop the training if there are too many copies.
 

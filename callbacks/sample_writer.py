@@ -51,6 +51,8 @@ class SampleWriter(Callback):
         """
         if stage == "predict" and not isinstance(pl_module, (LatentDiffusion, SinogramGenerator)):
             raise TypeError(f"Samples come from stage 2, not from {type(pl_module).__name__}: name a stage-2 folder.")
+        if stage == "predict":  # what a killed run of the same folder has left
+            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self,

@@ -69,7 +69,7 @@ class PairedSet(SinogramSet):
         arrays = {name: array[rows] for name, array in self.arrays.items()}
         prompt = Prompt(self.prompt.tracer[rows], self.prompt.region[rows])
         ids = self.sample_id[rows], self.patient_id[rows]
-        return PairedSet(arrays, self.task, self.target_tracer[rows], prompt, *ids)
+        return type(self)(arrays, self.task, self.target_tracer[rows], prompt, *ids)
 
     def joined(self, more: PairedSet) -> PairedSet:
         """Return these pairs and then others of the same task, in memory, without images."""
@@ -81,7 +81,7 @@ class PairedSet(SinogramSet):
             torch.cat([getattr(self, name), getattr(more, name)])
             for name in ("target_tracer", "sample_id", "patient_id")
         )
-        return PairedSet(arrays, self.task, tracer, prompt, sample, patient)
+        return type(self)(arrays, self.task, tracer, prompt, sample, patient)
 
 
 class ReversedPairs(PairedSet):

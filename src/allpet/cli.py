@@ -321,7 +321,8 @@ class RunConfig(SaveConfigCallback):
 def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out where the data lie and how their files are named: loggers may carry the rest off the machine."""
     data = config.get("data") or {}
-    kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in ("folder", "patient")}
+    local = ("folder", "patient", "cache", "generated")
+    kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in local}
     return {**config, "data": {**data, "init_args": kept}} if data else config
 
 

@@ -26,9 +26,10 @@ from allpet.prompts import Prompt
 from allpet.simulation.tasks import PairedBatch
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import CosineSystem
-from allpet.systems.latent_bridge import LatentBridge
+from allpet.systems.focus import Focus
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.latents import LatentSystem
+from allpet.systems.paired import PairedSystem
 
 GB = 1e9
 
@@ -135,6 +136,7 @@ def _estimate(training: Training) -> Estimate:
         system.log = system.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         system.trainer = plan  # type: ignore[assignment]
         system.train()
+        _without_data(system, training)
         frozen = system.autoencoder if isinstance(system, LatentSystem) else nn.Module()
         if training.device == "cuda":
             for network in (system, frozen):
@@ -228,9 +230,24 @@ def _count_gradients(system: CosineSystem, counter: LiveBytes) -> None:
         parameter.register_post_accumulate_grad_hook(note)
 
 
+def _without_data(system: Any, training: Training) -> None:
+    """Tell a system what it would take from its data, and let attention cost what it costs without a projector."""
+    system.geometry = training.geometry
+    if isinstance(system, PairedSystem) and system.attention_use is not None:
+        uses, pool = system.attention_use.uses, system.autoencoder.pool
+
+        def focus(given: Tensor, source: Tensor, *_: Any) -> Focus:
+            pooled = pool(given)
+            return Focus(source, pooled if "channel" in uses else None, pooled if "loss" in uses else None)
+
+        system.focus = focus  # type: ignore[assignment, method-assign]
+
+
 def _encode_ahead(system: CosineSystem, training: Training) -> None:
     """Encode what is encoded when training starts, in batches of its own size."""
-    if isinstance(system, LatentBridge) or (isinstance(system, LatentDiffusion) and system.latent_views):
+    if isinstance(system, PairedSystem) or (
+        isinstance(system, LatentDiffusion) and (system.latent_views or system.linear_rank)
+    ):
         shape = (system.sampling.batch_size, 1, *training.geometry.sinogram_shape)
         with torch.no_grad(), system.trainer.precision_plugin.forward_context():
             system.autoencoder.encode_mean(unmasked_stack(torch.empty(shape)))
@@ -242,7 +259,7 @@ def _evaluate(system: CosineSystem, batch: Any) -> None:
     with torch.no_grad(), system.trainer.precision_plugin.forward_context():
         if isinstance(system, AutoencoderSystem):
             system.reconstruct(batch)
-        elif isinstance(system, LatentBridge):
+        elif isinstance(system, PairedSystem):
             n, _, *shape = batch.input.shape
             network = system.autoencoder
             network.decode(torch.empty(n, *network.latent_shape(*shape)), (shape[0], shape[1]))
@@ -254,7 +271,7 @@ def _batch(system: CosineSystem, training: Training, ids: Tensor) -> SinogramBat
     rows, columns = training.geometry.image_shape
     sinogram, whole = torch.empty(n, 1, views, bins), torch.zeros(n, dtype=torch.int64)
     prompt = Prompt(whole, whole)
-    if not isinstance(system, LatentBridge):
+    if not isinstance(system, PairedSystem):
         masked = MaskedStack(torch.empty(n, 3, views, bins), torch.empty_like(sinogram), whole)
         return SinogramBatch(sinogram, torch.empty_like(sinogram), prompt, ids, whole, masked)
     return PairedBatch(
@@ -286,7 +303,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 
 def _stage(system: CosineSystem) -> str:
-    for kind, name in ((AutoencoderSystem, "vae"), (LatentDiffusion, "ldm"), (LatentBridge, "bridge")):
+    for kind, name in ((AutoencoderSystem, "vae"), (LatentDiffusion, "ldm"), (PairedSystem, "bridge")):
         if isinstance(system, kind):
             return name
     return type(system).__name__

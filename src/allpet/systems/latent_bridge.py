@@ -169,7 +169,16 @@ class LatentBridge(PairedSystem):
         sampling: BridgeSampling,
         progress: bool = False,
     ) -> Tensor:
-        """Follow the bridge from its source."""
+        """Follow the bridge from its source.
+
+        Raises:
+            ValueError: if a regression, which knows the end of the bridge alone, is to take several steps.
+        """
+        if self.bridge.end_share == 1 and sampling.nfe > 1:
+            raise ValueError(
+                f"nfe is {sampling.nfe}, but this model is a regression, trained for one call: use "
+                "--model.sampling.nfe=1 --model.sampling.samples=1."
+            )
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:
             return self.preconditioning.clean(x, source, time, self(x, source, time, condition, focus).float())

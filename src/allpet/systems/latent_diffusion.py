@@ -31,6 +31,9 @@ from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.latents import Aside, LatentSystem
 
+_FITTED = 2000
+"""Most training slices, evenly spread, that the linear denoiser is fitted to."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -258,10 +261,17 @@ class LatentDiffusion(LatentSystem):
             self._aside.labels = torch.stack([torch.cat(view).cpu() for view in labels], dim=1)
         self._aside.row = {sample: row for row, sample in enumerate(data.train_set.sample_id.tolist())}
 
+    @torch.no_grad()
+    def on_validation_start(self) -> None:
+        """Fit the linear denoiser where a checkpoint is validated outside a training: checkpoints do not hold it."""
+        if self.linear_rank and self._aside.linear is None:
+            self._aside.linear = self._fit_linear(self.trainer.datamodule)  # type: ignore[attr-defined]
+
     def _fit_linear(self, data: Any) -> LinearDenoiser:
-        """Encode every training slice as it is trained on, and turned and mirrored at random, in a fixed order."""
+        """Encode training slices as they are trained on, and turned and mirrored at random, in a fixed order."""
         turn = SymmetryAugmentation(data.geometry)
-        rows, size = list(range(len(data.train_set))), self.sampling.batch_size
+        total, size = len(data.train_set), self.sampling.batch_size
+        rows = list(range(0, total, -(-total // _FITTED)))
         latents, turned = [], []
         for start in tqdm(range(0, len(rows), size), desc="Fitting the linear denoiser", leave=False):
             batch = move_data_to_device(data.train_set[rows[start : start + size]], self.device)
@@ -273,7 +283,8 @@ class LatentDiffusion(LatentSystem):
                     moved = batch._replace(sinogram=turn.apply(batch.sinogram, parameters), noise_free=None)
                     turned.append(self.encode(data.augment(moved, 1 + k)).cpu())
         copies = torch.cat(turned) if turned else None
-        return LinearDenoiser.fit(torch.cat(latents), data.train_set.prompt, copies, self.linear_rank)
+        prompt = Prompt(*(index[rows] for index in data.train_set.prompt))
+        return LinearDenoiser.fit(torch.cat(latents), prompt, copies, self.linear_rank)
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """Mean squared error of the prediction at keyed random times and noise."""
@@ -419,6 +430,8 @@ class LatentDiffusion(LatentSystem):
         self, prompt: Prompt, seeds: Sequence[int], sampling: Sampling, progress: bool, callback: StepCallback | None
     ) -> Tensor:
         assert self.geometry is not None
+        if self.linear_rank and self._aside.linear is None:
+            raise RuntimeError("The linear denoiser is not fitted: load the model with from_pretrained, or train it.")
         shape = self.geometry.sinogram_shape
         prompt = Prompt(prompt.tracer.to(self.device), prompt.region.to(self.device))
         low, high = (share * self.diffusion.n_steps for share in sampling.guidance_interval)

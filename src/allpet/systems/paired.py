@@ -91,7 +91,8 @@ class PairedSystem(LatentSystem):
         denoiser: the network to train, with as many condition as latent channels (one more where attention is a
             channel) and ``label_size`` LABEL_SIZE.
         initialise: whether to start from the denoiser in the folder of a stage 2.
-        keep_output: whether its last layer is kept, too; else it starts at zero.
+        keep_output: whether its last layer is kept, too; else, and where stage 2 started from a linear denoiser and so
+            predicts what that leaves open, it starts at zero.
         target: "noisy" or "expected".
         loss: "l2" or "l1".
         attention: what is made of attention; None for nothing.
@@ -133,8 +134,9 @@ class PairedSystem(LatentSystem):
                 raise ValueError(f"{name} is {given!r}, but must be {known[0]!r} or {known[1]!r}.")
         self.geometry = None
         trained: Denoiser | None = None
+        whole = False
         if isinstance(autoencoder, (str, Path)):
-            autoencoder, self.geometry, trained = load_stages(Path(autoencoder))
+            autoencoder, self.geometry, trained, whole = load_stages(Path(autoencoder))
         channels = autoencoder.latent_channels
         extra = attention is not None and "channel" in attention.uses
         found = (denoiser.latent_channels, denoiser.condition_channels, denoiser.config["label_size"])
@@ -145,7 +147,7 @@ class PairedSystem(LatentSystem):
                 f"needs {channels}, {channels + extra} and {LABEL_SIZE}."
             )
         if initialise and trained is not None:
-            start_from(denoiser, trained, keep_output)
+            start_from(denoiser, trained, keep_output and whole)
         self._aside = Aside(autoencoder)
         self.denoiser, self.target, self.loss, self.seed = denoiser, target, loss, seed
         self.sampling, self.attention_use = sampling, attention

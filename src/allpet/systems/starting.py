@@ -46,10 +46,15 @@ def start_from(denoiser: Denoiser, trained: Denoiser, keep_output: bool = False)
     denoiser.load_state_dict(weights)
 
 
-def load_stages(folder: Path) -> tuple[Autoencoder | PixelSpace, ParallelBeam | None, Denoiser | None]:
-    """Load the autoencoder, and the denoiser if there is one, from the folder of either stage."""
+def load_stages(folder: Path) -> tuple[Autoencoder | PixelSpace, ParallelBeam | None, Denoiser | None, bool]:
+    """Load the autoencoder, and the denoiser if there is one, from the folder of either stage.
+
+    Returns:
+        autoencoder, geometry, denoiser or None, and whether the denoiser predicts everything rather than what a linear
+        one leaves open.
+    """
     if pretrained_class(folder) == "LatentDiffusion":
         stage2 = LatentDiffusion.from_pretrained(folder)
-        return stage2.autoencoder, stage2.geometry, stage2.denoiser
+        return stage2.autoencoder, stage2.geometry, stage2.denoiser, stage2.linear is None
     stage1 = AutoencoderSystem.from_pretrained(folder)
-    return stage1.autoencoder, stage1.geometry, None
+    return stage1.autoencoder, stage1.geometry, None, False

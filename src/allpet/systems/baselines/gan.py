@@ -17,7 +17,7 @@ from allpet.diffusion.samplers import draw_noise
 from allpet.geometry import ParallelBeam
 from allpet.models.discriminator import PromptDiscriminator
 from allpet.models.generator import Generator
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.systems.base import log_mean
@@ -183,9 +183,10 @@ class SinogramGAN(SinogramSystem):
     def from_pretrained(cls, folder: str | Path) -> SinogramGAN:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "SinogramGAN")
-        system = cls(Generator(**config["generator"]))
-        system.load_state_dict(weights)
-        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        with building(folder):
+            system = cls(Generator(**config["generator"]))
+            system.load_state_dict(weights)
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
     def _adamw(self) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from allpet.batches import SinogramBatch
 from allpet.geometry import ParallelBeam
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.prompts import Prompt, answers
 from allpet.randomness import keyed_generator
 from allpet.systems.baselines.base import SinogramGenerator
@@ -171,6 +171,8 @@ class PCAGaussian(SinogramGenerator, nn.Module):
     def from_pretrained(cls, folder: str | Path) -> PCAGaussian:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "PCAGaussian")
-        gaussian = PromptGaussian(**config["gaussian"])
-        gaussian.load_state_dict(weights)
-        return cls(gaussian, ParallelBeam(**config["geometry"]))
+        with building(folder):
+            gaussian = PromptGaussian(**config["gaussian"])
+            gaussian.load_state_dict(weights)
+            geometry = ParallelBeam(**config["geometry"])
+        return cls(gaussian, geometry)

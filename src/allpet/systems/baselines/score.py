@@ -15,7 +15,7 @@ from allpet.diffusion.guidance import drop_prompt, guide
 from allpet.diffusion.samplers import draw_noise
 from allpet.geometry import ParallelBeam
 from allpet.models.denoiser import Denoiser
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.systems.base import OptimizerName, log_mean
@@ -174,9 +174,10 @@ class ScoreModel(SinogramSystem):
     def from_pretrained(cls, folder: str | Path, sampling: ScoreSampling = ScoreSampling()) -> ScoreModel:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "ScoreModel")
-        system = cls(Denoiser(**config["denoiser"]), VarianceExploding(**config["process"]), sampling=sampling)
-        system.load_state_dict(weights)
-        system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+        with building(folder):
+            system = cls(Denoiser(**config["denoiser"]), VarianceExploding(**config["process"]), sampling=sampling)
+            system.load_state_dict(weights)
+            system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
     def _loss(self, batch: SinogramBatch, generators: list[torch.Generator], prompt: Prompt) -> Tensor:

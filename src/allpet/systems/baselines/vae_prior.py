@@ -12,7 +12,7 @@ from allpet.batches import SinogramBatch
 from allpet.diffusion.samplers import draw_noise
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
-from allpet.pretrained import load_pretrained, save_pretrained
+from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.systems.autoencoder import AutoencoderSystem
@@ -101,7 +101,8 @@ class VAEPrior(SinogramGenerator, nn.Module):
     def from_pretrained(cls, folder: str | Path) -> VAEPrior:
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "VAEPrior")
-        gaussian = None if config["gaussian"] is None else PromptGaussian(**config["gaussian"])
-        system = cls(Autoencoder(**config["autoencoder"]), ParallelBeam(**config["geometry"]), gaussian)
-        system.load_state_dict(weights)
+        with building(folder):
+            gaussian = None if config["gaussian"] is None else PromptGaussian(**config["gaussian"])
+            system = cls(Autoencoder(**config["autoencoder"]), ParallelBeam(**config["geometry"]), gaussian)
+            system.load_state_dict(weights)
         return system
