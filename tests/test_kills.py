@@ -80,8 +80,8 @@ def test_a_hundred_kills_lose_nothing(tmp_path, record_property):
         if child.is_alive():
             child.kill()
             child.join(BOUND)
+        if child.exitcode == -signal.SIGKILL:  # else it had ended, or did so at that very moment
             kills += 1
-            assert child.exitcode == -signal.SIGKILL
             assert newest(run) >= progress, "a kill took a checkpoint away"
             progress = newest(run)
             continue
