@@ -52,8 +52,13 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the signals that Lightning answers wait for the end of a step."""
+        """Count epochs as an undisturbed run does, and let the signals that Lightning answers wait for a step's end."""
         super().on_train_start(trainer, pl_module)
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready:
+            # The checkpoint was of an epoch's last step, whose end Lightning has counted by now. It would not count the
+            # beginning of the next, and resume in the wrong epoch from the next checkpoint of this kind.
+            loop.reset_restart_stage()
         self._steps = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return

@@ -240,6 +240,30 @@ def test_resuming_is_exact_with_accumulated_batches(tmp_path, note, heard, monke
     note("SIGTERM while gradients are accumulated", "the step is finished and saved", "nothing", said)
 
 
+def test_stopped_twice_after_the_end_of_an_epoch(tmp_path, note, monkeypatch):
+    """Three batches to an epoch: every checkpoint is of an epoch's last step."""
+    words = [*VAE, "--data.batch_size", "6", "--run.root"]
+    main([*words, str(tmp_path / "whole")])
+    for step in (4, 7):
+        with monkeypatch.context() as patch:
+            at(patch, step, bug)
+            with pytest.raises(Bug):
+                main([*words, str(tmp_path / "runs")])
+    main([*words, str(tmp_path / "runs")])
+    assert_same(tmp_path / "runs" / "001", tmp_path / "whole" / "001")
+    for name in ("epoch", "val/loss"):
+        values = [
+            [row[name] for row in table(root / "001") if row[name]] for root in (tmp_path / "runs", tmp_path / "whole")
+        ]
+        assert values[0] == values[1], name
+    note(
+        "stopped twice just after the end of an epoch",
+        "the training stops with its traceback",
+        "1 step each",
+        "its own",
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- disk and memory
 
 
@@ -434,9 +458,13 @@ def test_a_run_whose_folder_was_only_made(tmp_path, whole, note, heard):
     note("SIGKILL while the run's folder is made", "the next number is taken", "nothing", "none")
 
 
-def rows(run: Path) -> list[int]:
+def table(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(encoding="utf-8") as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")]
+        return list(csv.DictReader(file))
+
+
+def rows(run: Path) -> list[int]:
+    return [int(row["step"]) for row in table(run) if row.get("train/loss")]
 
 
 def test_metrics_with_zeros_and_half_a_line(half, tmp_path, whole, note, heard):
