@@ -55,7 +55,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Count epochs as an undisturbed run does, and let the signals that Lightning answers wait for a step's end."""
         super().on_train_start(trainer, pl_module)
         loop = trainer.fit_loop
-        if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.ready:
+        epochs: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epochs.processed == epochs.ready:
             # The checkpoint was of an epoch's last step, whose end Lightning has counted by now. It would not count the
             # beginning of the next, and resume in the wrong epoch from the next checkpoint of this kind.
             loop.reset_restart_stage()
