@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from allpet.prompts import REGIONS, TRACERS, Prompt, answers
 
 ANATOMY_SHARE = 0.6
-"""Of the covariance within prompts. In one trial (one stage 1, 500 slices, eight channels) the error on validation slices
-was .346, .324, .320 and .326 (mean square of the velocity) with 0, .3, .6 and .8."""
+"""Of the covariance within prompts. In one trial (one stage 1, 500 slices, eight channels) the error on validation
+slices was .346, .324, .320 and .326 (mean square of the velocity) with 0, .3, .6 and .8."""
 _RIDGE = 0.01
 _FEWEST = 10
 """Slices that a prompt's own mean needs: the mean of fewer would show them, and it is shared with the weights."""
