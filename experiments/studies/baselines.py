@@ -115,7 +115,7 @@ def _make(
         symmetry = SymmetryAugmentation(data.geometry) if name.endswith("symmetries") else None
         return ResampledSlices(slices, data.geometry, symmetry), 0.0
     if name == "one_channel":
-        recipe = Recipe(n, seed, masks=False, stack_channels=1, range_order=None, linear=False)
+        recipe = Recipe(n, seed, masks=False, stack_channels=1, range_order=None)
         train(recipe, budget, folder, bench.cache)
         model = load(folder, sampling)
         return model, _flops(model, folder, budget, slices)

@@ -1,10 +1,9 @@
 """How many slices, and which ingredient? n slices x augmentation x seeds at equal compute.
 
 All rows train the same networks for the same number of steps; ``nothing`` has no masks and no symmetries, ``masks`` is
-RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1 and for the covariance that stage 2 starts from,
-``both`` is both. At n = 500 single ingredients of ``both`` are changed: one channel without masks instead of three, no
-range layer, no linear start, symmetries in the training of stage 2, too (``conditioned``), a fixed number of cells
-instead of DMM, binary instead of soft masks, masks of the image instead of the sinogram, and the three other forms of
+RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both. At n = 500 single ingredients of
+``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage 2,
+too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft masks, masks of the image instead of the sinogram, and the three other forms of
 the constraint.
 """
 
@@ -36,8 +35,8 @@ AUGMENTATIONS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "one_channel": {"masks": False, "stack_channels": 1},
     "no_range_layer": {"range_order": None},
-    "no_linear_start": {"linear": False},
     "conditioned": {"conditioned": True},
+    "linear_start": {"linear": True},
     "fixed_count": {"n_cells": (2, 2)},
     "binary": {"mask": "binary"},
     "image_masks": {"domain": "image"},
@@ -73,7 +72,7 @@ def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
         add(2000, "nothing", AUGMENTATIONS["nothing"], seed)
         add(100, "nothing", AUGMENTATIONS["nothing"], seed)
         add(100, "both", AUGMENTATIONS["both"], seed)
-        for name in ("one_channel", "no_range_layer", "no_linear_start"):
+        for name in ("one_channel", "no_range_layer", "conditioned", "linear_start"):
             add(500, name, VARIANTS[name], seed)
     for seed in seeds[1:]:
         for name in AUGMENTATIONS:

@@ -50,9 +50,9 @@ class Recipe:
         n: number of training slices.
         seed: of weights, order and draws.
         masks: whether RMAS draws masks; with False stacks have an empty mask.
-        symmetries: whether slices are turned and mirrored: in stage 1, and for the covariance of the linear denoiser.
+        symmetries: whether slices are turned and mirrored in stage 1, and for the covariance of a linear denoiser.
         conditioned: whether they are in the training of stage 2, too, which is told (``experiments/symmetries.yaml``).
-        linear: whether stage 2 starts from the linear denoiser.
+        linear: whether stage 2 starts from the linear denoiser (``experiments/linear_start.yaml``).
         n_cells: fewest and most cells of a mask; equal numbers are no DMM.
         mask: "soft" or "binary".
         domain: "sinogram" or "image", where masks are applied.
@@ -68,7 +68,7 @@ class Recipe:
     masks: bool = True
     symmetries: bool = True
     conditioned: bool = False
-    linear: bool = True
+    linear: bool = False
     n_cells: tuple[int, int] = (1, 4)
     mask: str = "soft"
     domain: str = "sinogram"
@@ -81,7 +81,9 @@ class Recipe:
     def words(self, stage: str, budget: Budget, folder: Path, cache: str) -> list[str]:
         """Return the command line that trains a stage ("vae" or "ldm")."""
         files = [HERE / "defaults.yaml", HERE / f"{stage}.yaml", scale_file(self.scale)]
-        files += [HERE / "symmetries.yaml"] if stage == "ldm" and self.conditioned else []
+        if stage == "ldm":
+            overlays = {"symmetries": self.conditioned, "linear_start": self.linear}
+            files += [HERE / f"{name}.yaml" for name, wanted in overlays.items() if wanted]
         words = ["fit", *(word for file in files for word in ("-c", str(file)))]
         words += [
             f"--run.root={folder / stage}",
@@ -113,13 +115,9 @@ class Recipe:
             if not self.symmetries:
                 words.append("--data.symmetry=null")
         else:
-            words += [
-                f"--model.autoencoder={folder / 'vae'}",
-                f"--model.linear_rank={1024 if self.linear else 0}",
-                f"--model.linear_turned={8 if self.symmetries else 0}",
-            ]
-            if not self.linear:
-                words.append("--model.denoiser.condition_channels=0")
+            words.append(f"--model.autoencoder={folder / 'vae'}")
+            if self.linear:
+                words.append(f"--model.linear_turned={8 if self.symmetries else 0}")
         return words
 
 
