@@ -297,14 +297,14 @@ class SinogramDataModule(LightningDataModule, ABC):
 
     @property
     def label_size(self) -> int:
-        """Length of the label of training batches (``SinogramBatch.symmetry``): symmetries, then mix-up; 0: no label."""
+        """Length of the label of training batches (``SinogramBatch.symmetry``); 0 where they have none."""
         self._require_setup()
         drawn = 0 if self.symmetry is None else self.symmetry.draw(1, torch.Generator()).label().shape[1]
         return drawn + (MIXUP_LABEL_SIZE if self.mixup else 0)
 
     @contextmanager
     def unmixed(self) -> Iterator[None]:
-        """Leave slices unmixed meanwhile: for what is measured of single patients, such as the statistics of latents."""
+        """Leave slices unmixed meanwhile: for what is measured on patients, such as the statistics of latents."""
         mixer, self._mixer = self._mixer, None
         try:
             yield
