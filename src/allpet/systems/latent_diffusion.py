@@ -153,8 +153,8 @@ class LatentDiffusion(LatentSystem):
         optimizer: "adamw" or "muon", see ``CosineSystem``.
         others_factor: see ``CosineSystem``.
         prompt_dropout: probability of leaving open the tracer, the region, and both, each, in training.
-        latent_views: 0 encodes every batch anew, with new masks, symmetries and mixtures; n encodes n such views of each
-            training slice once, when training starts, and saves the encoder's share of every step.
+        latent_views: 0 encodes every batch anew, with new masks, symmetries and mixtures; n encodes n such views of
+            each training slice once, when training starts, and saves the encoder's share of every step.
         linear_rank: the network predicts what the best linear denoiser leaves open, and sees its estimate; that one is
             fitted when training starts and keeps so many axes of the latents' covariance (``LinearDenoiser``). It needs
             a denoiser with as many condition as latent channels. 0: the network predicts everything.
