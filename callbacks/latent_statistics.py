@@ -47,15 +47,17 @@ class LatentStatistics(Callback):
             return
         training = pl_module.training
         pl_module.eval()
-        mean, std = self._measure(trainer, pl_module, trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        with data.unmixed():  # what stage 2 is to generate; mixtures vary less
+            mean, std = self._measure(trainer, pl_module, data.train_dataloader())
         pl_module.autoencoder.set_latent_statistics(mean, std)
         if pl_module.autoencoder.constraint == "weighted":
-            loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+            loader = data.train_dataloader()
             batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
             weight = torch.tensor(pl_module.measure_full_weight(batches), device=pl_module.device)
             pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
         trainer.validating = True  # so that the data module draws as it does in validation
-        raw_mean, raw_std = self._measure(trainer, pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        raw_mean, raw_std = self._measure(trainer, pl_module, data.val_dataloader())
         trainer.training = True
         pl_module.train(training)
         scaled_mean, scaled_std = (raw_mean - mean) / std, raw_std / std

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from allpet.augmentation import RadonMaskAugmentation
 from allpet.batches import SinogramBatch
 from allpet.geometry import ParallelBeam
+from allpet.mixup import MIXUP_LABEL_SIZE, MixupAugmentation
 from allpet.projector import Radon
 from allpet.prompts import REGIONS, TRUNK_REGIONS, Prompt
 from allpet.randomness import keyed_generator
 from data_modules.loading import KeyedBatches, ResumableLoader, as_it_is, collate
+from data_modules.mixing import Mixer
 from data_modules.slice_cache import StoredArray
 
 
@@ -116,8 +119,9 @@ class SinogramDataModule(LightningDataModule, ABC):
           class_path: allpet.RadonMaskAugmentation
           init_args: {n_cells: [1, 4]}
 
-    Masks and symmetries are drawn for each slice by its own key and applied on the batch's device. Symmetries come
-    before masks, in training only, with the same parameters for ``sinogram`` and ``expected``.
+    Masks and symmetries are drawn for each slice by its own key and applied on the batch's device. Mix-up comes before
+    symmetries and these before masks; both in training only, with the same parameters for ``sinogram`` and
+    ``expected``. Partners of mix-up are read from the training set by the process that trains, not by its loaders.
 
     Args:
         batch_size: most slices of a batch on each device; the slices of an epoch are spread evenly over its batches.
@@ -129,6 +133,7 @@ class SinogramDataModule(LightningDataModule, ABC):
         symmetry: makes the symmetry augmentation (``draw(n, generator)``, ``apply(sinogram, parameters)``) from the
             geometry; None for none.
         trunk_probability: how often a chest, abdomen or pelvis slice is prompted as trunk in training.
+        mixup: mixes training slices with others of the same tracer and region (``Mixer``); None for none.
 
     After ``setup``: ``geometry``, ``radon``, ``train_set``, ``val_set``, ``test_set``, ``scale`` (data units per
     network unit, one number for the data set), ``data_hash``, ``reprojected``, ``summary()``.
@@ -146,6 +151,7 @@ class SinogramDataModule(LightningDataModule, ABC):
         augmentation: Callable[[Radon], nn.Module] | None = RadonMaskAugmentation,
         symmetry: Callable[[ParallelBeam], nn.Module] | None = None,
         trunk_probability: float = 0.2,
+        mixup: MixupAugmentation | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -153,9 +159,10 @@ class SinogramDataModule(LightningDataModule, ABC):
         if not 0 <= trunk_probability <= 1:
             raise ValueError(f"trunk_probability is {trunk_probability}, but must lie between 0 and 1.")
         self.batch_size, self.num_workers, self.num_scans, self.seed = batch_size, num_workers, num_scans, seed
-        self.trunk_probability = trunk_probability
+        self.trunk_probability, self.mixup = trunk_probability, mixup
         self._make_augmentation, self._make_symmetry = augmentation, symmetry
         self._loaded: LoadedData | None = None
+        self._mixer: Mixer | None = None
 
     @abstractmethod
     def load(self) -> LoadedData:
@@ -172,6 +179,7 @@ class SinogramDataModule(LightningDataModule, ABC):
             # Any: their apply() is not that of nn.Module.
             self.augmentation: Any = self._make_augmentation(self.radon) if self._make_augmentation else None
             self.symmetry: Any = self._make_symmetry(self.geometry) if self._make_symmetry else None
+            self._mixer = Mixer(self.mixup, self.train_set) if self.mixup else None
             self._loaded = loaded
         if stage == "fit" and self.trainer is not None:
             rank_zero_info("Training on %s", _in_words(self.summary()))
@@ -268,18 +276,40 @@ class SinogramDataModule(LightningDataModule, ABC):
         if epoch is not None and self.trunk_probability:
             chance = torch.stack([torch.rand((), generator=generator) for generator in generators("trunk")])
             batch = batch._replace(prompt=_generalise(batch.prompt, chance < self.trunk_probability))
+        labels = []
+        if epoch is not None and self._mixer is not None:
+            batch, told = self._mixer(batch, generators("mixup"))
+            labels.append(told)
         if epoch is not None and self.symmetry is not None:
             drawn = collate([self.symmetry.draw(1, generator) for generator in generators("symmetry")])
             noise_free = None if batch.noise_free is None else self.symmetry.apply(batch.noise_free, drawn)
             batch = batch._replace(
                 sinogram=self.symmetry.apply(batch.sinogram, drawn),
                 noise_free=noise_free,
-                symmetry=drawn.label().to(device),
             )
+            labels.insert(0, drawn.label().to(device))
+        if labels:
+            batch = batch._replace(symmetry=torch.cat(labels, dim=1))
         if self.augmentation is not None:
             cells = torch.cat([self.augmentation.draw(1, generator, epoch) for generator in generators("mask")])
             batch = batch._replace(stack=self.augmentation.apply(batch.sinogram, cells))
         return batch
+
+    @property
+    def label_size(self) -> int:
+        """Length of the label of training batches (``SinogramBatch.symmetry``); 0 where they have none."""
+        self._require_setup()
+        drawn = 0 if self.symmetry is None else self.symmetry.draw(1, torch.Generator()).label().shape[1]
+        return drawn + (MIXUP_LABEL_SIZE if self.mixup else 0)
+
+    @contextmanager
+    def unmixed(self) -> Iterator[None]:
+        """Leave slices unmixed meanwhile: for what is measured on patients, such as the statistics of latents."""
+        mixer, self._mixer = self._mixer, None
+        try:
+            yield
+        finally:
+            self._mixer = mixer
 
     @property
     def stage1_data_hash(self) -> str | None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from allpet.augmentation import RadonMaskAugmentation
 from allpet.geometry import ParallelBeam
+from allpet.mixup import MixupAugmentation
 from allpet.projector import Radon
 from allpet.prompts import OPEN, Prompt
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
@@ -63,6 +64,7 @@ class SinogramFiles(SinogramDataModule):
         augmentation: makes the mask augmentation.
         symmetry: makes the symmetry augmentation.
         trunk_probability: how often a part of the trunk is prompted as trunk in training.
+        mixup: mixes training slices with others of the same tracer and region.
 
     Raises:
         ValueError: from ``setup``: if the folder cannot be used, or is too small to be split.
@@ -93,9 +95,12 @@ class SinogramFiles(SinogramDataModule):
         augmentation: Callable[[Radon], nn.Module] | None = RadonMaskAugmentation,
         symmetry: Callable[[ParallelBeam], nn.Module] | None = None,
         trunk_probability: float = 0.2,
+        mixup: MixupAugmentation | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability)
-        self.save_hyperparameters(logger=False, ignore=["geometry", "image_geometry", "augmentation", "symmetry"])
+        super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability, mixup)
+        self.save_hyperparameters(
+            logger=False, ignore=["geometry", "image_geometry", "augmentation", "symmetry", "mixup"]
+        )
         if kind not in ("auto", "sinogram", "image"):
             raise ValueError(f"kind is {kind!r}, but must be 'auto', 'sinogram' or 'image'.")
         for name, length in {"pixel_mm": pixel_mm, "bin_mm": bin_mm}.items():

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 import allpet.simulation
 from allpet.augmentation import RadonMaskAugmentation
 from allpet.geometry import ParallelBeam
+from allpet.mixup import MixupAugmentation
 from allpet.projector import Radon
 from allpet.prompts import OPEN, TRUNK_REGIONS, Prompt
 from allpet.randomness import keyed_generator
@@ -60,6 +61,7 @@ class SimulatedPET(SinogramDataModule):
         augmentation: makes the mask augmentation.
         symmetry: makes the symmetry augmentation.
         trunk_probability: how often a part of the trunk is prompted as trunk in training.
+        mixup: mixes training slices with others of the same tracer and region.
 
     Raises:
         ValueError: if a number is out of range or a prompt unknown or open.
@@ -85,9 +87,10 @@ class SimulatedPET(SinogramDataModule):
         augmentation: Callable[[Radon], nn.Module] | None = RadonMaskAugmentation,
         symmetry: Callable[[ParallelBeam], nn.Module] | None = None,
         trunk_probability: float = 0.2,
+        mixup: MixupAugmentation | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability)
-        self.save_hyperparameters(logger=False, ignore=["geometry", "augmentation", "symmetry"])
+        super().__init__(batch_size, num_workers, num_scans, seed, augmentation, symmetry, trunk_probability, mixup)
+        self.save_hyperparameters(logger=False, ignore=["geometry", "augmentation", "symmetry", "mixup"])
         counts = {"num_scans": num_scans, "slices_per_patient": slices_per_patient, "val_patients": val_patients}
         for name, count in counts.items():
             if count < 1:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from allpet.augmentation import RadonMaskAugmentation, SymmetryAugmentation
 from allpet.batches import SinogramBatch
 from allpet.geometry import ParallelBeam
+from allpet.mixup import MixupAugmentation
 from allpet.prompts import Prompt
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet, fixed_scale
 from data_modules.few_shot import nested_subset
@@ -45,7 +46,7 @@ class Toy(SinogramDataModule):
 
     def __init__(self, known: bool = True, **kwargs: Any) -> None:
         super().__init__(**{"batch_size": 4, **kwargs})
-        self.save_hyperparameters(logger=False, ignore=["augmentation", "symmetry"])
+        self.save_hyperparameters(logger=False, ignore=["augmentation", "symmetry", "mixup"])
         self.known = known
 
     def load(self) -> LoadedData:
@@ -408,6 +409,19 @@ def test_workers_prepare_ahead_without_moving_the_position(tmp_path: Path) -> No
         fit(tmp_path, ready(num_workers=1), [save, Kill(step=3)], max_steps=8)
     resumed = fit(tmp_path, ready(num_workers=1), ckpt=tmp_path / "step=2.ckpt", max_steps=8)
     assert resumed.trained == whole.trained[2:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_run_mixes_as_it_would_have(tmp_path: Path, num_workers: int) -> None:
+    mixed: dict[str, Any] = {"mixup": MixupAugmentation("plain"), "symmetry": SymmetryAugmentation}
+    whole = fit(tmp_path, ready(**mixed), max_steps=8)
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    with pytest.raises(Killed):
+        fit(tmp_path, ready(num_workers=num_workers, **mixed), [save, Kill(step=3)], max_steps=8)
+    resumed = fit(tmp_path, ready(num_workers=num_workers, **mixed), ckpt=tmp_path / "step=2.ckpt", max_steps=8)
+    assert torch.equal(resumed.weight, whole.weight), "it follows the mean of what was trained on"
+    plain = fit(tmp_path, ready(symmetry=SymmetryAugmentation), max_steps=8)
+    assert not torch.equal(plain.weight, whole.weight)
 
 
 def test_the_loader_alone_continues_where_it_was() -> None:

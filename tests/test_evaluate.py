@@ -17,8 +17,9 @@ from torch import Tensor
 
 from allpet import Autoencoder, AutoencoderSystem, ParallelBeam, Prompt, Radon, symmetry
 from allpet.evaluation import evaluate, verdict
-from allpet.evaluation.classifier import matches, train_classifier
+from allpet.evaluation.classifier import train_classifier
 from allpet.io import Scan, write_scan
+from allpet.prompts import answers, matches
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -149,7 +150,10 @@ def test_a_classifier_names_tracer_and_region() -> None:
 def test_trunk_and_open_are_answered_by_what_they_hold() -> None:
     shown = Prompt.of(["FDG:chest", "FDG:brain", "PSMA:pelvis", "PSMA:abdomen", "DOPA:brain"])
     asked = Prompt.of(["FDG:trunk", "FDG:trunk", "open:pelvis", "FDG:open", "open:open"])
-    assert matches(shown, asked).tolist() == [True, False, True, False, True]
+    right = [True, False, True, False, True]
+    assert matches(asked, shown).tolist() == right
+    for i, pair in enumerate(zip(*(half.tolist() for half in asked), strict=True)):
+        assert answers(pair, shown)[i] == right[i], "one prompt asked of all"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, Pa
 from allpet.augmentation import MaskedStack
 from allpet.batches import SinogramBatch
 from allpet.cli import main
+from allpet.diffusion.linear_denoiser import LinearDenoiser
 from allpet.memory import GB, OverBudget, Training, check_budget, estimate, largest_batch
 from allpet.memory.counting import LiveBytes
 from allpet.memory_report import main as report
@@ -92,6 +94,27 @@ def test_weights_optimiser_and_averages_are_those_of_a_real_step(make_system, op
     assert found.activations > 0
 
 
+def test_the_linear_denoiser_counts_as_it_is_fitted_and_the_estimates_it_makes():
+    def make(rank: int) -> LatentDiffusion:
+        denoiser = Denoiser(4, 4, (8, 16), 1, attention=(False, True), head_channels=8)
+        return LatentDiffusion(Autoencoder(channels=(8, 16), patch=2), denoiser, linear_rank=rank)
+
+    with torch.random.fork_rng():
+        shape = make(0).autoencoder.latent_shape(*GEOMETRY.sinogram_shape)
+    latents = torch.randn(60, *shape, generator=torch.Generator().manual_seed(0))
+    prompt = Prompt(torch.ones(60, dtype=torch.int64), torch.ones(60, dtype=torch.int64))
+    fitted = LinearDenoiser.fit(latents, prompt, None, rank=20)
+    none, some, all_axes = (estimate(training(lambda rank=rank: make(rank))) for rank in (0, 20, 10**6))
+    assert (none.linear, some.linear) == (0, n_bytes(fitted.buffers()))
+    elements = math.prod(shape)
+    assert all_axes.linear == 4 * (24 * elements + elements**2 + elements + 1), (
+        "no more axes than a latent has elements"
+    )
+    held = [found.parameters + found.optimizer + found.ema for found in (none, some)]
+    assert held[0] == held[1], "it is not trained, and not averaged"
+    assert some.peak - none.peak >= some.linear
+
+
 def test_the_peak_grows_by_the_same_for_every_slice():
     peaks = [estimate(training(batch_size=n)).peak for n in (4, 8, 12)]
     assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.02)
@@ -160,8 +183,10 @@ def test_a_configuration_is_estimated_without_data_or_stage_1(tmp_path, monkeypa
     ]
     for row in rows:
         parts = [value for name, value in row.items() if name.endswith("_gb") and name != "peak_gb"]
-        assert len(parts) == 6
+        assert len(parts) == 7
         assert sum(parts) == pytest.approx(row["peak_gb"])
+        # 24 prompts' means, 1024 axes of 8 x 16 x 20 or more, and the variances
+        assert row["linear_gb"] > 4 * (24 + 1024) * 8 * 16 * 20 / GB
     assert rows[0]["peak_gb"] < rows[1]["peak_gb"]
 
 

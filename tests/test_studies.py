@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from studies import few_shot
 from studies.rows import Row, collect, run_rows
-from studies.training import Budget, Recipe
+from studies.training import HERE, Budget, Recipe, batch_size
 
 
 def counting(calls: list[str], name: str):
@@ -77,6 +78,15 @@ def test_recipes_change_what_they_name_and_nothing_else():
     assert words(symmetries=False) ^ base == {"--data.symmetry=null"}
     assert {Path(word).name for word in words(linear=True) - base} == {"linear_start.yaml", "--model.linear_turned=8"}
     assert "--data.augmentation=null" in words(masks=False)
+
+
+def test_batches_are_those_of_the_scale_that_a_recipe_names(tmp_path):
+    other = tmp_path / "small.yaml"
+    other.write_text("scale:\n  vae: {batch_size: 3}\n  gan: {batch_size: 5}\n")
+    assert [batch_size(str(other), stage) for stage in ("vae", "gan")] == [3, 5]
+    config = yaml.safe_load((HERE / "scale/laptop.yaml").read_text())["scale"]
+    for stage in ("vae", "ldm", "gan", "score"):
+        assert batch_size(Recipe(500, 0).scale, stage) == config[stage]["batch_size"]
 
 
 def test_the_order_of_worth_begins_with_all_ingredients_and_none_and_holds_every_required_row():

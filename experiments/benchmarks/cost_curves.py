@@ -27,6 +27,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from allpet import ParallelBeam, Prompt, RadonMaskAugmentation, SymmetryAugmentation
 from allpet.memory_report import plan
@@ -231,6 +232,12 @@ def draw(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> Fig
             label = f"{one['stage']}, exponent {one['exponent']:.2f}"
             axis.errorbar([row["x"] for row in points], middle, yerr=spread, marker="o", capsize=3, label=label)
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="seconds per step")
+        # the measured points alone: what a logarithmic axis labels by itself overlaps within a decade
+        ticks = sorted({row["x"] for row in rows if row["curve"] == name})
+        axis.set_xticks(ticks, [f"{x:,}" for x in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            set_formatter(StrMethodFormatter("{x:g}"))
         axis.legend(fontsize=8)
     return figure
 

@@ -35,7 +35,18 @@ from allpet.systems.cost import sampling_cost, training_flops
 from callbacks.figures import Tile, draw_grid, save_figure, top
 from data_modules.simulated import PAPER_PROMPTS
 from studies.rows import Row
-from studies.training import HERE, TEST_PATIENTS, VAL_PATIENTS, Bench, Budget, Recipe, load, train
+from studies.training import (
+    HERE,
+    TEST_PATIENTS,
+    VAL_PATIENTS,
+    Bench,
+    Budget,
+    Recipe,
+    batch_size,
+    load,
+    scale_file,
+    train,
+)
 
 NAMES = (
     "ours",
@@ -118,10 +129,10 @@ def _make(
         recipe = Recipe(n, seed, masks=False, stack_channels=1, range_order=None)
         train(recipe, budget, folder, bench.cache)
         model = load(folder, sampling)
-        return model, _flops(model, folder, budget, slices)
+        return model, _flops(model, folder, recipe, budget, slices)
     train(recipe, budget, ours, bench.cache)
     model = load(ours, sampling)
-    flops = _flops(model, ours, budget, slices)
+    flops = _flops(model, ours, recipe, budget, slices)
     if name == "ours":
         return model, flops
     if name.startswith("vae"):
@@ -131,15 +142,16 @@ def _make(
         allpet(plain.words("vae", budget, shared, bench.cache))
         stage1 = newest_pretrained(shared / "vae")
         prior = VAEPrior.from_stage1(stage1)
-        spent = budget.vae * 8 * training_flops(AutoencoderSystem.from_pretrained(stage1), slices_of(slices, 4))
+        per_slice = training_flops(AutoencoderSystem.from_pretrained(stage1), slices_of(slices, 4))
+        spent = budget.vae * batch_size(plain.scale, "vae") * per_slice
         return (prior if name == "vae_prior" else prior.fit([slices])), float(spent)
     kind: dict[str, Callable[..., Any]] = {
         "gan": SinogramGAN.from_pretrained,
         "score": partial(ScoreModel.from_pretrained, sampling=ScoreSampling()),
     }
     words = ["fit"]
-    for file in ("defaults", f"baselines/{name}", "scale/laptop"):
-        words += ["-c", str(HERE / f"{file}.yaml")]
+    for file in (HERE / "defaults.yaml", HERE / f"baselines/{name}.yaml", scale_file(recipe.scale)):
+        words += ["-c", str(file)]
     words += [
         f"--run.root={folder / name}",
         f"--seed_everything={seed}",
@@ -154,7 +166,7 @@ def _make(
     # one step, to learn what a step costs; then as many as ours cost
     allpet([*words, f"--run.root={folder / 'one'}", "--trainer.max_steps=1", "--trainer.val_check_interval=1"])
     probe = kind[name](newest_pretrained(folder / "one"))
-    per_step = data_batch(HERE, name) * training_flops(probe.train(), slices_of(slices, 4))
+    per_step = batch_size(recipe.scale, name) * training_flops(probe.train(), slices_of(slices, 4))
     steps = max(round(flops / per_step), 1)
     allpet([*words, f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"])
     return kind[name](newest_pretrained(folder / name)), float(steps * per_step)
@@ -170,20 +182,13 @@ def slices_of(slices: Any, n: int) -> Any:
     return type(slices)(prompt=type(slices.prompt)(*(index[:n] for index in slices.prompt)), **parts)
 
 
-def data_batch(folder: Path, name: str) -> int:
-    """Return the batch size that the laptop's scale file gives a baseline."""
-    import yaml
-
-    return int(yaml.safe_load((folder / "scale/laptop.yaml").read_text(encoding="utf-8"))["scale"][name]["batch_size"])
-
-
-def _flops(model: LatentDiffusion, folder: Path, budget: Budget, slices: Any) -> float:
+def _flops(model: LatentDiffusion, folder: Path, recipe: Recipe, budget: Budget, slices: Any) -> float:
     stage1 = AutoencoderSystem.from_pretrained(newest_pretrained(folder / "vae"))
     batch = slices_of(slices, 4)
-    vae = budget.vae * 8 * training_flops(stage1.train(), batch)
+    vae = budget.vae * batch_size(recipe.scale, "vae") * training_flops(stage1.train(), batch)
     if model.denoiser.config["label_size"]:
         batch = batch._replace(symmetry=torch.zeros(4, model.denoiser.config["label_size"]))
-    return float(vae + budget.ldm * 32 * training_flops(model.train(), batch))
+    return float(vae + budget.ldm * batch_size(recipe.scale, "ldm") * training_flops(model.train(), batch))
 
 
 def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path, columns: int = 5) -> Path:

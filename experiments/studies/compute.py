@@ -18,7 +18,7 @@ from allpet.systems.cost import training_flops
 from allpet.systems.latent_diffusion import LatentDiffusion
 from studies.few_shot import AUGMENTATIONS
 from studies.rows import Row
-from studies.training import Bench, Budget, Recipe
+from studies.training import Bench, Budget, Recipe, batch_size
 
 SHARES = (1.0, 0.25, 4.0, 0.5, 2.0)
 SHOWN = ("kid_conv", "sw_conv", "energy_distance", "spectrum_image_30mm", "hl_residual", "copy_rate", "prompt_obeyed")
@@ -55,6 +55,6 @@ def _measure(
     batch = data.train_set[list(range(4))]
     if recipe.conditioned:
         batch = batch._replace(symmetry=torch.zeros(4, model.denoiser.config["label_size"]))
-    flops = budget.ldm * 32 * training_flops(model, batch)
+    flops = budget.ldm * batch_size(recipe.scale, "ldm") * training_flops(model, batch)
     fake, prompt = bench.generate(model, recipe.seed)
     return {"training_petaflop": flops / 1e15, **bench.judge(fake, prompt, recipe.n).numbers}

@@ -126,6 +126,11 @@ def scale_file(scale: str) -> Path:
     return Path(scale) if scale.endswith(".yaml") else HERE / "scale" / f"{scale}.yaml"
 
 
+def batch_size(scale: str, stage: str) -> int:
+    """Return the batch size that a scale's file gives a stage ("vae", "ldm") or a baseline ("gan", "score")."""
+    return int(yaml.safe_load(scale_file(scale).read_text(encoding="utf-8"))["scale"][stage]["batch_size"])
+
+
 def train(recipe: Recipe, budget: Budget, folder: Path, cache: str) -> dict[str, float]:
     """Train both stages, or continue; return the seconds of each that were spent now."""
     seconds = {}

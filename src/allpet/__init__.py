@@ -14,6 +14,7 @@ _EXPORTS = {
     "projector": ["Radon"],
     "reconstruction": ["fbp", "mlem", "osem"],
     "augmentation": ["SYMMETRY_LABEL_SIZE", "MaskedStack", "RadonMaskAugmentation", "SymmetryAugmentation"],
+    "mixup": ["MIXUP_LABEL_SIZE", "MixupAugmentation"],
     "attention": ["TransparentMedicalAttention"],
     "regions": ["roi_box", "roi_from_file", "roi_from_labels"],
     "batches": ["PromptBatch", "SinogramBatch"],

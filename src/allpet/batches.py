@@ -23,8 +23,9 @@ class SinogramBatch(NamedTuple):
         sample_id: identity of each slice in its data set, ``(batch,)``, int64; keys random draws.
         patient_id: index of each slice's patient, ``(batch,)``, int64.
         stack: masks and stack drawn for ``sinogram`` on the batch's device; None before ``on_after_batch_transfer``.
-        symmetry: label of the exact symmetries applied, ``(batch, labels)``, all zero for the identity
-            (``SymmetryParameters.label()``); None where none were drawn. Augment-conditioning reads it.
+        symmetry: label of what was done to the slices, ``(batch, labels)``, all zero where nothing was: that of the
+            exact symmetries (``SymmetryParameters.label()``), then that of mix-up (``MixupParameters.label()``), of
+            those that are drawn at all; None where none is. Augment-conditioning reads it.
     """
 
     sinogram: Tensor

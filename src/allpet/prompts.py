@@ -65,8 +65,24 @@ def prompt_index(name: str, vocabulary: Sequence[str], what: str) -> int:
     raise ValueError(f"Unknown {what} {name!r}; choose one of {', '.join(vocabulary)}.")
 
 
+def matches(asked: Prompt, known: Prompt) -> Tensor:
+    """Say whether slices answer prompts: what is left open is not asked, and any part of the trunk is trunk.
+
+    Args:
+        asked: one prompt for each slice, or one for all.
+        known: what the slices show.
+
+    Returns:
+        ``(slices,)`` bool.
+    """
+    trunk, parts = REGIONS.index("trunk"), torch.tensor([REGIONS.index(part) for part in TRUNK_REGIONS])
+    part_of_it = (asked.region == trunk) & torch.isin(known.region, parts.to(known.region.device))
+    region = (asked.region == 0) | (known.region == asked.region) | part_of_it
+    return ((asked.tracer == 0) | (known.tracer == asked.tracer)) & region
+
+
 def answers(asked: tuple[int, int], known: Prompt) -> Tensor:
-    """Say which slices answer a prompt: what is left open is not asked, and any part of the trunk is trunk.
+    """Say which slices answer a prompt, as ``matches`` does.
 
     Args:
         asked: tracer and region, as indices into ``TRACERS`` and ``REGIONS``.
@@ -79,13 +95,7 @@ def answers(asked: tuple[int, int], known: Prompt) -> Tensor:
         ValueError: if none does.
     """
     tracer, region = asked
-    parts = TRUNK_REGIONS if REGIONS[region] == "trunk" else ()
-    accepted = torch.tensor([region, *(REGIONS.index(part) for part in parts)], device=known.region.device)
-    right = torch.ones_like(known.region, dtype=torch.bool)
-    if tracer:
-        right &= known.tracer == tracer
-    if region:
-        right &= torch.isin(known.region, accepted)
+    right = matches(Prompt(*torch.tensor(asked, device=known.region.device)[:, None]), known)
     if not right.any():
         raise ValueError(
             f"No slice answers {TRACERS[tracer]}:{REGIONS[region]}; there are {', '.join(sorted(set(known.names())))}."

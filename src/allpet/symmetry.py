@@ -192,7 +192,9 @@ def thinning_mixup(
         raise ValueError(f"share is {share}, but must lie in [0, 1].")
     for counts in (first, second):
         if not bool(((counts >= 0) & (counts == counts.round())).all()):
-            raise ValueError("Thinning needs counts, whole numbers from 0 on: mix what is corrected plainly.")
+            raise ValueError(
+                "Thinning needs counts, whole numbers from 0 on: mix what is corrected plainly (kind: plain)."
+            )
     mixed = [
         torch.binomial(x, part.expand_as(x), generator) + torch.binomial(y, (1 - part).expand_as(y), generator)
         for x, y, part, generator in zip(first.cpu(), second.cpu(), a, generators, strict=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from allpet.geometry import ParallelBeam
 from allpet.projector import Radon
-from allpet.prompts import REGIONS, TRACERS, TRUNK_REGIONS, Prompt
+from allpet.prompts import REGIONS, TRACERS, TRUNK_REGIONS, Prompt, matches
 from allpet.randomness import keyed_generator
 from allpet.reconstruction import fbp
 from allpet.symmetry import rotate, translate
@@ -79,15 +79,7 @@ class PromptClassifier(nn.Module):
 
     def obeyed(self, sinogram: Tensor, prompt: Prompt) -> Tensor:
         """Return whether each sinogram shows what its prompt asks for, both halves, ``(batch,)`` bool."""
-        return matches(self.name(sinogram), prompt)
-
-
-def matches(shown: Prompt, asked: Prompt) -> Tensor:
-    """Return whether prompts answer others: any trunk slice answers trunk, anything what is left open, ``(batch,)``."""
-    tracer = (asked.tracer == 0) | (shown.tracer == asked.tracer)
-    in_trunk = torch.isin(shown.region, torch.tensor((*_TRUNK, _TRUNK_PROMPT)))
-    region = (asked.region == 0) | (shown.region == asked.region) | ((asked.region == _TRUNK_PROMPT) & in_trunk)
-    return tracer & region
+        return matches(prompt, self.name(sinogram))
 
 
 def train_classifier(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import warnings
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from allpet.augmentation import MaskedStack
 from allpet.batches import SinogramBatch, unmasked_stack
+from allpet.diffusion.linear_denoiser import LinearDenoiser
 from allpet.geometry import ParallelBeam
 from allpet.memory.counting import LiveBytes, follow_cuda
 from allpet.prompts import Prompt
@@ -74,6 +76,7 @@ class Estimate:
         optimizer: the optimiser's state.
         ema: averaged weights and buffers.
         tables: of the data module.
+        linear: the linear denoiser that stage 2 starts from, with as many axes as it may keep.
         activations: all the rest.
     """
 
@@ -83,12 +86,14 @@ class Estimate:
     optimizer: int
     ema: int
     tables: int
+    linear: int
     activations: int
 
     @property
     def peak(self) -> int:
         """All parts together."""
-        return self.parameters + self.gradients + self.optimizer + self.ema + self.tables + self.activations
+        held = self.parameters + self.gradients + self.optimizer + self.ema + self.tables + self.linear
+        return held + self.activations
 
 
 def estimate(training: Training) -> Estimate:
@@ -145,6 +150,7 @@ def _estimate(training: Training) -> Estimate:
         average = [value.detach().clone() for value in _weights(system)] if training.averaged else []
         counter.forget_peak()
         _encode_ahead(system, training)
+        linear = _without_fit(system, training)
         optimizer = system.configure_optimizers()["optimizer"]
         _count_gradients(system, counter)
         batch = _batch(system, training, ids)
@@ -157,6 +163,7 @@ def _estimate(training: Training) -> Estimate:
             "optimizer": _bytes(value for state in optimizer.state.values() for value in state.values()),
             "ema": _bytes(average),
             "tables": training.table_bytes,
+            "linear": _bytes(linear),
         }
         peak = counter.peak + training.table_bytes
     return Estimate(_stage(system), **parts, activations=peak - sum(parts.values()))
@@ -251,6 +258,16 @@ def _encode_ahead(system: CosineSystem, training: Training) -> None:
         shape = (system.sampling.batch_size, 1, *training.geometry.sinogram_shape)
         with torch.no_grad(), system.trainer.precision_plugin.forward_context():
             system.autoencoder.encode_mean(unmasked_stack(torch.empty(shape)))
+
+
+def _without_fit(system: CosineSystem, training: Training) -> list[Tensor]:
+    """Give stage 2 the linear denoiser that it would fit, with as many axes as it may keep; return its tensors."""
+    if not isinstance(system, LatentDiffusion) or not system.linear_rank:
+        return []
+    shape = system.autoencoder.latent_shape(*training.geometry.sinogram_shape)
+    linear = LinearDenoiser(shape, min(system.linear_rank, math.prod(shape)))
+    system._aside.linear = linear
+    return list(linear.buffers())
 
 
 def _evaluate(system: CosineSystem, batch: Any) -> None:

@@ -37,6 +37,25 @@ def log_mean(system: LightningModule, values: Mapping[str, Tensor], size: int, p
     system.log_dict(values, prog_bar=prog_bar, batch_size=count, sync_dist=True)
 
 
+def check_label(system: LightningModule, label_size: int) -> None:
+    """See that a system that generates is told of all that its data module does to the slices.
+
+    Args:
+        system: attached to its trainer; without a data module nothing is done.
+        label_size: length of the label that its network is told; 0 for none.
+
+    Raises:
+        ValueError: if the data module's label is another.
+    """
+    needed = getattr(getattr(system.trainer, "datamodule", None), "label_size", 0)
+    if needed not in (0, label_size):
+        raise ValueError(
+            f"The data module turns, mirrors or mixes slices, and the network's label_size is {label_size}: give the "
+            f"denoiser label_size {needed}, or the data neither symmetry nor mixup; else turned, mirrored or mixed "
+            "patients would be generated."
+        )
+
+
 class CosineSystem(LightningModule, ABC):
     """A system trained with linear warm-up and a cosine decay to zero at the planned last step.
 

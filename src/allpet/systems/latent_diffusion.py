@@ -28,7 +28,7 @@ from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
-from allpet.systems.base import OptimizerName, log_mean
+from allpet.systems.base import OptimizerName, check_label, log_mean
 from allpet.systems.latents import Aside, LatentSystem
 
 _FITTED = 2000
@@ -122,7 +122,7 @@ class _Aside(Aside):
 
     Attributes:
         latents: of the training slices, ``(slices, views, latent_channels, rows, columns)``; None before a fit.
-        labels: of the symmetries drawn for each view, ``(slices, views, label_size)``; None without symmetries.
+        labels: of what was done to each view, ``(slices, views, label_size)``; None where nothing is.
         row: of each sample id in ``latents``.
         linear: what the network starts from; None before a fit, or without.
     """
@@ -138,9 +138,10 @@ class _Aside(Aside):
 class LatentDiffusion(LatentSystem):
     """Latent diffusion with prompts (Rombach et al., arXiv 2112.10752, on the stacks of arXiv 2509.09130).
 
-    Where the data module draws symmetries, the denoiser must have their label (``allpet.SYMMETRY_LABEL_SIZE``). It is
-    told of them in training, of none in validation and at sampling (augment-conditioning, Karras et al., arXiv
-    2206.00364, section 5), so that patients come out as they lie in the data.
+    Where the data module draws symmetries or mixes slices, the denoiser must have the label of that
+    (``allpet.SYMMETRY_LABEL_SIZE``, ``MIXUP_LABEL_SIZE``, or their sum). It is told of them in training, of none in
+    validation and at sampling (augment-conditioning, Karras et al., arXiv 2206.00364, section 5), so that patients come
+    out one by one and as they lie in the data.
 
     Args:
         autoencoder: the trained stage-1 network, or the folder it was exported to.
@@ -152,8 +153,8 @@ class LatentDiffusion(LatentSystem):
         optimizer: "adamw" or "muon", see ``CosineSystem``.
         others_factor: see ``CosineSystem``.
         prompt_dropout: probability of leaving open the tracer, the region, and both, each, in training.
-        latent_views: 0 encodes every batch anew, with new masks and symmetries; n encodes n such views of each
-            training slice once, when training starts, and saves the encoder's share of every step.
+        latent_views: 0 encodes every batch anew, with new masks, symmetries and mixtures; n encodes n such views of
+            each training slice once, when training starts, and saves the encoder's share of every step.
         linear_rank: the network predicts what the best linear denoiser leaves open, and sees its estimate; that one is
             fitted when training starts and keeps so many axes of the latents' covariance (``LinearDenoiser``). It needs
             a denoiser with as many condition as latent channels. 0: the network predicts everything.
@@ -224,24 +225,18 @@ class LatentDiffusion(LatentSystem):
         """Take the geometry from the data module, and see that the denoiser is told of what is done to the slices.
 
         Raises:
-            ValueError: if the data module draws symmetries that the denoiser has no label for, or stage 1 was trained
-                on another geometry.
+            ValueError: if the data module draws symmetries or mixes slices and the denoiser has no label for it, or
+                stage 1 was trained on another geometry.
         """
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
-        symmetry, known = getattr(data, "symmetry", None), self.denoiser.config["label_size"]
-        needed = symmetry.draw(1, torch.Generator()).label().shape[1] if symmetry is not None else 0
-        if stage == "fit" and needed not in (0, known):
-            raise ValueError(
-                f"The data module draws symmetries, but the denoiser's label_size is {known}: give the denoiser "
-                f"label_size {needed}, or the data no symmetry; else turned and mirrored patients would be generated."
-            )
+        if stage == "fit":
+            check_label(self, self.denoiser.config["label_size"])
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """Encode ``latent_views`` views of every training slice, in a fixed order, so that a resumed run has the same.
 
-        The data module must have ``train_set`` and ``augment(batch, epoch)``.
+        The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.linear_rank:
@@ -268,14 +263,17 @@ class LatentDiffusion(LatentSystem):
             self._aside.linear = self._fit_linear(self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def _fit_linear(self, data: Any) -> LinearDenoiser:
-        """Encode training slices as they are trained on, and turned and mirrored at random, in a fixed order."""
+        """Encode training slices as they are trained on, and turned and mirrored at random, in a fixed order.
+
+        Unmixed: the mean and covariance sought are those of patients, which mixtures would shrink.
+        """
         turn = SymmetryAugmentation(data.geometry)
         total, size = len(data.train_set), self.sampling.batch_size
         rows = list(range(0, total, -(-total // _FITTED)))
         latents, turned = [], []
         for start in tqdm(range(0, len(rows), size), desc="Fitting the linear denoiser", leave=False):
             batch = move_data_to_device(data.train_set[rows[start : start + size]], self.device)
-            with self.trainer.precision_plugin.forward_context():
+            with self.trainer.precision_plugin.forward_context(), data.unmixed():
                 latents.append(self.encode(data.augment(batch, 0)).cpu())
                 for k in range(self.linear_turned):
                     drawn = [turn.draw(1, keyed_generator("linear", i, k)) for i in batch.sample_id.tolist()]

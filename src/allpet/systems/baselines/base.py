@@ -14,7 +14,7 @@ from allpet.batches import PromptBatch, unmasked_stack
 from allpet.geometry import ParallelBeam
 from allpet.prompts import Prompt
 from allpet.scaling import Scaling
-from allpet.systems.base import CosineSystem
+from allpet.systems.base import CosineSystem, check_label
 from allpet.systems.latent_diffusion import Samples
 
 
@@ -85,13 +85,24 @@ class SinogramSystem(CosineSystem, SinogramGenerator):
         self.scaling = Scaling()
 
     def setup(self, stage: str) -> None:
-        """Take geometry and scale from the data module; a scale that came with weights stays."""
+        """Take geometry and scale from the data module; a scale that came with weights stays.
+
+        Raises:
+            ValueError: if the data module draws symmetries or mixes slices, and the network is not told.
+        """
+        if stage == "fit":
+            check_label(self, self.label_size)
         data = getattr(self.trainer, "datamodule", None)
         if getattr(data, "geometry", None) is None:
             return
         self.geometry = data.geometry  # type: ignore[union-attr]
         if stage == "fit" and float(self.scaling.scale) == 1.0:
             self.scaling.set_scale(data.scale)  # type: ignore[union-attr]
+
+    @property
+    def label_size(self) -> int:
+        """Length of the label of what was done to the slices that the network is told; 0: none."""
+        return 0
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> Samples:
         """Generate one sinogram for each prompt and seed."""

@@ -105,13 +105,18 @@ class ScoreModel(SinogramSystem):
             noisy: ``(batch, 1, views, bins)``, network range plus noise.
             sigma: standard deviation of the noise of each, ``(batch,)``.
             prompt: tracer and region of each.
-            label: of the symmetries applied in training, see ``Denoiser``.
+            label: of what was done to the slices in training, see ``Denoiser``.
         """
         skip, out, into, noise = self.process.scalings(sigma, self.data_std)
         skip, out, into = (c[:, None, None, None] for c in (skip, out, into))
         centred = noisy - self.data_mean
         estimate = skip * centred + out * self.denoiser(into * centred, noise, prompt, label=label).float()
         return estimate + self.data_mean
+
+    @property
+    def label_size(self) -> int:
+        """That of the denoiser."""
+        return int(self.denoiser.config["label_size"])
 
     @property
     def backbone(self) -> nn.Module:
