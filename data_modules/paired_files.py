@@ -180,6 +180,12 @@ class PairedFiles(PairedDataModule):
         """Geometry of the sinograms as they lie in their files, once they are loaded."""
         return ParallelBeam(**self._require_setup().notes["own_geometry"])
 
+    @property
+    def in_suv(self) -> bool:
+        """Whether the files say that their values are SUV, once they are loaded."""
+        files = self._found.files if self._found is not None else []
+        return bool(files) and all(one.scan is not None and "suv" in one.scan.units.lower() for one in files)
+
     def attenuation(self, sample_id: Tensor) -> Tensor:
         """Reconstruct the attenuation that the correction factors of some pairs speak of.
 
@@ -229,7 +235,7 @@ class PairedFiles(PairedDataModule):
         return PairedSet(arrays, self.task, tracer[:, None], prompt, torch.arange(n), patient)
 
     def _wanted(self) -> tuple[ParallelBeam | None, float | None]:
-        """Return geometry and scale of the model that the pairs are given to; None where there is none, or asked for."""
+        """Return geometry and scale of the model that the pairs are given to; None for what is asked for otherwise."""
         system: Any = getattr(self.trainer, "lightning_module", None)
         autoencoder = getattr(system, "autoencoder", None)
         if autoencoder is None or isinstance(autoencoder, PixelSpace):
@@ -239,11 +245,9 @@ class PairedFiles(PairedDataModule):
 
     def _gain(self, train: PairedSet) -> float:
         """Return what values are multiplied by."""
-        assert self._found is not None
         if self.asked_gain is not None:
             return self.asked_gain
-        in_suv = all(one.scan is not None and "suv" in one.scan.units.lower() for one in self._found.files)
-        return 1.0 if in_suv or self._suits[1] is None else self._suits[1] / fixed_scale(train.sinogram)
+        return 1.0 if self.in_suv or self._suits[1] is None else self._suits[1] / fixed_scale(train.sinogram)
 
     def _digest(self, inputs: np.ndarray, found: FoundPairs, split: Split, more: list[Any]) -> str:
         """Identify the pairs by what was read; what a model wants of them does not matter, nor where they lie."""

@@ -34,8 +34,7 @@ COMMANDS += [
     for scale in SCALES
 ]
 OWN_PAIRS = ("defaults.yaml", "finetune/bridge.yaml", "finetune/own_pairs.yaml", "finetune/attenuation.yaml")
-COMMANDS += [("fit", (*OWN_PAIRS, scale)) for scale in SCALES]
-COMMANDS += [("fit", (*OWN_PAIRS, SCALES[0], f"finetune/methods/{method}.yaml")) for method in METHODS]
+COMMANDS += [("fit", (*OWN_PAIRS, "scale/laptop.yaml", "finetune/methods/regression_pixels.yaml"))]
 COMMANDS += [
     ("fit", ("defaults.yaml", f"baselines/{name}.yaml", scale)) for name in ("gan", "score") for scale in SCALES
 ]
