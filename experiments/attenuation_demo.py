@@ -16,6 +16,7 @@ again, the command continues where it was stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from evaluation_page import picture, write_document
 from scipy import ndimage
 from studies.downstream_plan import load
@@ -34,7 +36,7 @@ from allpet.cli import main as allpet
 from allpet.metrics import moment_residuals, relative_l2, standard_image, suv_bias
 from allpet.nac_inversion import BODY_MU
 from allpet.reports import FOLDER, table, write_report
-from allpet.runs import newest_pretrained
+from allpet.runs import newest_pretrained, weights_hash
 from allpet.simulation.tasks import PairedBatch
 from allpet.systems.paired import PairedSystem
 from allpet.systems.simple_methods import Identity
@@ -138,18 +140,28 @@ def regions(attenuation: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack(areas) for name, areas in found.items()}
 
 
-def finetune(method: str, options: argparse.Namespace, data: dict[str, Any], start: Path) -> PairedSystem:
-    """Fine-tune as ``make finetune TASK=attenuation DATA=...`` does, or continue; return the result."""
+def finetune(method: str, options: argparse.Namespace, data: dict[str, Any], key: str, start: Path) -> PairedSystem:
+    """Fine-tune as ``make finetune TASK=attenuation DATA=...`` does, or continue; return the result.
+
+    Args:
+        method: of ``METHODS``.
+        options: of the command line.
+        data: arguments of the pairs.
+        key: of the pairs' content.
+        start: pretrained folder of stage 2.
+    """
     files = [HERE / f"{name}.yaml" for name in ("defaults", "finetune/bridge", "finetune/own_pairs")]
     files += [HERE / "finetune/attenuation.yaml", scale_file(options.scale)]
     files += [HERE / f"finetune/methods/{method}.yaml"] if method != "bridge" else []
-    root = options.output / method
-    words = ["fit", *(word for file in files for word in ("-c", str(file)))]
-    words += [f"--run.root={root}", f"--seed_everything={options.seed}", f"--model.seed={options.seed}"]
+    words = [word for file in files for word in ("-c", str(file))]
+    words += [f"--seed_everything={options.seed}", f"--model.seed={options.seed}"]
     words += [f"--data.{name}={json.dumps(value) if name == 'geometry' else value}" for name, value in data.items()]
     words += [] if method == "regression_pixels" else [f"--model.autoencoder={start}"]
-    words += [f"--trainer.max_steps={options.steps}"] if options.steps else []
-    allpet(words + options.more)
+    words += [f"--trainer.max_steps={options.steps}", *options.more]
+    # A folder for each training: the newest in it is that which was asked for.
+    asked = hashlib.blake2b("\x1f".join([*words, key, weights_hash(start)]).encode(), digest_size=4).hexdigest()
+    root = options.output / f"{method}-{asked}"
+    allpet(["fit", *words, f"--run.root={root}"])
     return load(root)
 
 
@@ -187,15 +199,16 @@ def draw(trial: Trial, results: dict[str, Tensor], path: Path) -> Any:
 
 def statement(data: PairedFiles) -> str:
     """Say how far the results carry: of how many patients, and how they were split."""
-    parts = {name: everything(part) for name, part in (("train", data.train_set), ("test", data.test_set))}
-    train, test = (len(part.input) for part in parts.values())
-    patients = len(torch.cat([part.patient_id for part in parts.values()]).unique())
-    tried = f"fine-tuned on {train} slices, tried on {test} others"
+    train, test = everything(data.train_set), everything(data.test_set)
+    tried = f"fine-tuned on {len(train.input)} slices, tried on {len(test.input)} others"
     if data.summary()["split"] == "by patient":
+        patients = len(torch.cat([train.patient_id, test.patient_id]).unique())
         return f"A demonstration on {patients} patients, {tried} of other patients: no study, and no clinical evidence."
+    between = int((test.sample_id[:, None] - train.sample_id).abs().min()) - 1
     return (
-        f"A demonstration on one patient (or on slices whose patients are not told apart): {tried} of the same patient, "
-        f"{data.gap} or more slices away. It says nothing about other patients, and nothing about clinical use."
+        f"A demonstration on one patient (or on slices whose patients nothing tells apart): {tried} of the same "
+        f"patient, with at least {between} slices between. It says nothing about other patients, and nothing about "
+        "clinical use."
     )
 
 
@@ -212,6 +225,8 @@ def main(words: Sequence[str] | None = None) -> Path:
     parser.add_argument("--output", type=Path, default=Path("outputs/attenuation_demo"), help="folder of the trainings")
     parser.add_argument("--reports", type=Path, default=FOLDER, help="folder to write to")
     options, options.more = parser.parse_known_args(words)
+    scale = yaml.safe_load(scale_file(options.scale).read_text(encoding="utf-8"))["scale"]
+    options.steps = options.steps or scale["bridge"]["steps"]
     tracer, _, region = options.prompt.partition(":")
     start = newest_pretrained(options.start)
     autoencoder, geometry, _, _ = load_stages(start)
@@ -228,7 +243,7 @@ def main(words: Sequence[str] | None = None) -> Path:
     results = {"identity": Identity().fit(train.input, train.expected).restore(trial.pairs.input).mean}
     rows = [{"method": "identity", "nfe": 0, **trial.score(results["identity"])}]
     for method in options.methods:
-        system = finetune(method, options, given, start)
+        system = finetune(method, options, given, data.data_hash, start)
         for nfe in METHODS[method]:
             results[method] = restore(system, trial.pairs, nfe)
             rows.append({"method": method, "nfe": nfe, **trial.score(results[method])})
