@@ -1,6 +1,6 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
-#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS=500;
+#   finetune: TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS=500, DATA= pairs of your own;
 #   restore: TASK, DATA and RESTORE_ARGS;
 #   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines|downstream (TASK=);
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
@@ -41,9 +41,10 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
-RESTORE_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) \
-	$(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
-	$(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT)))) \
+SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) \
+	$(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
+PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
+RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
 	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
@@ -86,11 +87,18 @@ train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the 
 train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
 	$(call FIT,ldm)
 
-finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS= SCALE=)
+finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS= DATA=)
 	@test -f "experiments/finetune/$(TASK).yaml" || \
 		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion, multi_task)."; exit 1; }
+	@test -z "$(DATA)" -o "$(TASK)" != multi_task || \
+		{ echo "Pairs of your own are of one task: name it, or leave DATA out."; exit 1; }
 	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \
-		-c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
+		$(if $(DATA),-c experiments/finetune/own_pairs.yaml) -c experiments/finetune/$(TASK).yaml -c $(SCALE_FILE) \
+		$(if $(DATA),--data.folder "$(DATA)" $(PAIRS_ARGS)) $(if $(PAIRS),--data.num_scans $(PAIRS)) $(ARGS)
+
+attenuation-demo: $(READY) ## Semi-real attenuation pairs: learn from some slices, try the others, a page (DATA=pairs.h5)
+	@test -n "$(DATA)" || { echo "Name the pairs: make attenuation-demo DATA=pairs.h5 (allpet-data attenuation-pairs)."; exit 1; }
+	$(BIN)/python experiments/attenuation_demo.py "$(DATA)" $(if $(PROMPT),--prompt "$(PROMPT)") --scale $(SCALE) $(ARGS)
 
 baseline: $(READY) ## What stage 2 is compared with (NAME=gan|score|one_channel DATA= KIND= SCALE=)
 	@test -f "experiments/baselines/$(NAME).yaml" || \

@@ -5,6 +5,7 @@ from typing import Any
 
 # Imported on first use: `python -m data_modules.validate` must not find its own module imported already.
 _HOME = {
+    "PairedFiles": "paired_files",
     "PairedMix": "paired_mix",
     "PairedTask": "paired",
     "SimulatedPET": "simulated",

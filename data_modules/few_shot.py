@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from data_modules.folder import Patients
+
 
 class Split(NamedTuple):
     """Slices of a data set by what they are used for.
@@ -110,27 +112,74 @@ def split_patients(patients: Sequence[Hashable], val_share: float = 0.1, test_sh
     return split
 
 
-def split_blocks(n: int, val_share: float = 0.1, test_share: float = 0.1) -> Split:
+def split_blocks(n: int, val_share: float = 0.1, test_share: float = 0.1, gap: int | None = None) -> Split:
     """Split slices of unknown or only one patient into contiguous blocks: first training, then validation, then test.
 
-    From ten slices on, a gap of 2 % of the slices (at least one) is left out between the blocks, because neighbouring
-    slices nearly repeat each other.
+    A gap is left out between the blocks, because neighbouring slices nearly repeat each other.
+
+    Args:
+        n: number of slices.
+        val_share: share of the slices to validate on, at least one.
+        test_share: share of the slices to test on, at least one.
+        gap: slices left out between two blocks; None: from ten slices on 2 % of them, at least one.
 
     Raises:
-        ValueError: if there are fewer than three slices, or the shares leave nothing to train on.
+        ValueError: if there are fewer than three slices, or the shares and gaps leave nothing to train on.
     """
-    gap = max(1, round(0.02 * n)) if n >= 10 else 0
+    if gap is None:
+        gap = max(1, round(0.02 * n)) if n >= 10 else 0
     n_val, n_test = max(1, round(val_share * n)), max(1, round(test_share * n))
     n_train = n - n_val - n_test - 2 * gap
     if n_train < 1:
         raise ValueError(
             f"{n} slice(s) cannot be split into {n_val} for validation, {n_test} for the test and at least one for "
-            "training; add slices or lower the shares."
+            f"training{f', with {gap} left out between them' if gap else ''}; add slices or lower the shares."
         )
     first_val = n_train + gap
     return Split(
         list(range(n_train)), list(range(first_val, first_val + n_val)), list(range(first_val + n_val + gap, n))
     )
+
+
+def split_as_known(
+    patients: Patients, uses: Sequence[str], val_share: float, test_share: float, gap: int | None = None
+) -> tuple[Split, bool, str]:
+    """Split as the data say, otherwise patient-wise if possible, otherwise into blocks.
+
+    Args:
+        patients: of the slices.
+        uses: what each slice is used for (train, val, test), or empty.
+        val_share: share of the patients (or slices) to validate on.
+        test_share: share of the patients (or slices) to test on.
+        gap: slices left out between two blocks, see ``split_blocks``.
+
+    Returns:
+        The split, whether it is one of patients, and how it was made, for the user.
+
+    Raises:
+        ValueError: as ``split_patients`` and ``split_blocks``.
+    """
+    owner = patients.names
+    parts = {use: [i for i, one in enumerate(uses) if one == use] for use in ("train", "val", "test")}
+    if parts["train"] and parts["val"]:
+        return Split(parts["train"], parts["val"], parts["test"]), patients.known, "split as the data say"
+    if parts["train"] and parts["test"]:
+        train = parts["train"]
+        rest = patients._replace(names=[owner[i] for i in train])
+        inner, by_patient, _ = split_as_known(rest, [""] * len(train), val_share, test_share, gap)
+        val = [train[i] for i in inner.val]
+        chosen = [train[i] for i in sorted(inner.train + inner.test)]
+        return Split(chosen, val, parts["test"]), by_patient, "test as the data say, the rest split for validation"
+    if patients.known and len(set(owner)) > 1:
+        split = split_patients(owner, val_share, test_share)
+        return split, True, f"{len(set(owner))} patients told apart {patients.how}, none in two splits"
+    split = split_blocks(len(owner), val_share, test_share, gap)
+    who = "one patient" if patients.known else "patients cannot be told apart"
+    how = (
+        f"{who}, so slices {split.train[0] + 1} to {split.train[-1] + 1} are for training, {split.val[0] + 1} to "
+        f"{split.val[-1] + 1} for validation, {split.test[0] + 1} to {split.test[-1] + 1} for the test"
+    )
+    return split, False, how
 
 
 def _shuffled(names: list[Hashable], purpose: str) -> list[Hashable]:

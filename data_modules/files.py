@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,8 +19,8 @@ from allpet.mixup import MixupAugmentation
 from allpet.projector import Radon
 from allpet.prompts import OPEN, Prompt
 from data_modules.base import LoadedData, SinogramDataModule, SinogramSet
-from data_modules.few_shot import Split, nested_subset, split_blocks, split_patients
-from data_modules.folder import FoundFile, Patients, patients_of, splits_of
+from data_modules.few_shot import Split, nested_subset, split_as_known
+from data_modules.folder import FoundFile, patients_of, splits_of
 from data_modules.layouts import AUTO
 from data_modules.validate import Kind, inspect_folder
 
@@ -128,10 +128,10 @@ class SinogramFiles(SinogramDataModule):
         )
         report.raise_errors()
         for row in report.warnings:
-            _say(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
+            say(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
         patients = patients_of(files, self.patient)
         owner = patients.names
-        split, by_patient, how = self._split(owner, patients, splits_of(files))
+        split, by_patient, how = split_as_known(patients, splits_of(files), self.val_share, self.test_share)
 
         values = torch.from_numpy(np.concatenate([found.slices for found in files]))
         reprojected = report.kind == "image"
@@ -144,7 +144,7 @@ class SinogramFiles(SinogramDataModule):
             geometry, lengths = sinogram_geometry(self.asked_geometry, values.shape[1:], self.bin_mm)
             if report.geometry is not None and self.asked_geometry is None and self.bin_mm is None:
                 geometry, lengths = report.geometry, f"bins of {report.geometry.bin_mm:g} mm as the files say"
-        _say(
+        say(
             f"{self.folder}: {len(values)} {report.kind}s (kind={self.kind}) of {len(files)} files, "
             f"{'projected to' if reprojected else 'with'} {geometry.n_views} views x {geometry.n_bins} bins, "
             f"{lengths}; {how}."
@@ -154,7 +154,7 @@ class SinogramFiles(SinogramDataModule):
         whole = SinogramSet(
             values,
             None,
-            self._prompts(files),
+            prompts_of(files, self.prompt),
             torch.arange(len(values)),
             torch.tensor([names.index(name) for name in owner]),
         )
@@ -176,37 +176,6 @@ class SinogramFiles(SinogramDataModule):
             },
         )
 
-    def _prompts(self, files: list[FoundFile]) -> Prompt:
-        """Prompt of each slice: as said for all, else as the files' own tables say."""
-        asked = self.prompt.names()[0].split(":")
-        columns = []
-        for name, said in zip(("tracer", "region"), asked, strict=True):
-            entries = [entry for found in files for entry in found.column(name) or [OPEN] * len(found.slices)]
-            columns.append([said] * len(entries) if said != OPEN else entries)
-        return Prompt.of(list(zip(*columns, strict=True)))
-
-    def _split(self, owner: list[str], patients: Patients, uses: list[str]) -> tuple[Split, bool, str]:
-        """Split as the data say, otherwise patient-wise if possible, otherwise into blocks; and say whether and how."""
-        parts = {use: [i for i, one in enumerate(uses) if one == use] for use in ("train", "val", "test")}
-        if parts["train"] and parts["val"]:
-            return Split(parts["train"], parts["val"], parts["test"]), patients.known, "split as the data say"
-        if parts["train"] and parts["test"]:
-            train = parts["train"]
-            inner, by_patient, _ = self._split([owner[i] for i in train], patients, [""] * len(train))
-            val = [train[i] for i in inner.val]
-            chosen = [train[i] for i in sorted(inner.train + inner.test)]
-            return Split(chosen, val, parts["test"]), by_patient, "test as the data say, the rest split for validation"
-        if patients.known and len(set(owner)) > 1:
-            split = split_patients(owner, self.val_share, self.test_share)
-            return split, True, f"{len(set(owner))} patients told apart {patients.how}, none in two splits"
-        split = split_blocks(len(owner), self.val_share, self.test_share)
-        who = "one patient" if patients.known else "patients cannot be told apart"
-        how = (
-            f"{who}, so slices {split.train[0] + 1} to {split.train[-1] + 1} are for training, {split.val[0] + 1} to "
-            f"{split.val[-1] + 1} for validation, {split.test[0] + 1} to {split.test[-1] + 1} for the test"
-        )
-        return split, False, how
-
     def _digest(self, files: list[FoundFile], geometry: ParallelBeam, kind: str, split: Split) -> str:
         """Identify the data by what was read and what became of it; where the folder lies does not matter."""
         digest = hashlib.blake2b(digest_size=8)
@@ -216,6 +185,20 @@ class SinogramFiles(SinogramDataModule):
         settings = [geometry.to_dict(), kind, self.full_turn, self.pixel_mm, self.prompt.names(), *split]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
+
+
+def prompts_of(files: Sequence[FoundFile], asked: Prompt) -> Prompt:
+    """Return tracer and region of each slice: as asked for, where that is not open, else as the files' tables say.
+
+    Args:
+        files: whose slices.
+        asked: one prompt for all.
+    """
+    columns = []
+    for name, said in zip(("tracer", "region"), asked.names()[0].split(":"), strict=True):
+        entries = [entry for found in files for entry in found.column(name) or [OPEN] * len(found.slices)]
+        columns.append([said] * len(entries) if said != OPEN else entries)
+    return Prompt.of(list(zip(*columns, strict=True)))
 
 
 def sinogram_geometry(
@@ -314,7 +297,7 @@ def project_images(images: Tensor, pixel_mm: float, geometry: ParallelBeam) -> T
         sinograms.append(radon.project(part.unsqueeze(1)).squeeze(1))
     lost = 1 - kept / max(float(images.sum(dtype=torch.float64)) * pixel_mm**2, 1e-30)
     if lost > 1e-3:
-        _say(
+        say(
             f"WARN  {lost:.1%} of the images' activity lies outside the field of view of "
             f"{2 * geometry.field_of_view_mm:g} mm and is left out; choose a wider geometry, or check pixel_mm."
         )
@@ -322,5 +305,6 @@ def project_images(images: Tensor, pixel_mm: float, geometry: ParallelBeam) -> T
 
 
 @rank_zero_only
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line, on one process only."""
     print(line)

@@ -15,10 +15,9 @@ from torch import nn
 from allpet.geometry import ParallelBeam
 from allpet.projector import Radon
 from allpet.prompts import OPEN, TRACERS, Prompt, prompt_index
-from allpet.randomness import keyed_generator
-from allpet.simulation.tasks import TASKS, TWO_TRACERS, PairedBatch, PairOptions, make_pairs
-from data_modules.base import LoadedData, SinogramDataModule
-from data_modules.loading import collate
+from allpet.simulation.tasks import TASKS, TWO_TRACERS, PairOptions, make_pairs
+from data_modules.base import LoadedData
+from data_modules.paired_base import PairedDataModule
 from data_modules.paired_set import IMAGES, NUMBERS, PairedSet, ReversedPairs, read_pairs
 from data_modules.simulated import digest, first_number, from_cache, in_memory, shown_region, simulator_digest, warm_up
 from data_modules.slice_cache import Arrays, SliceCache
@@ -34,7 +33,7 @@ DEFAULT_PROMPTS = {
 _ARRAYS = ("input", "expected", "noisy", *IMAGES, *NUMBERS)
 
 
-class PairedTask(SinogramDataModule):
+class PairedTask(PairedDataModule):
     """Pairs of slices of virtual patients for one of the five tasks, in SUV x mm; see ``allpet.simulation.tasks``.
 
     Patients are numbered as in ``SimulatedPET``: one that a model was pre-trained on is in no test set here, and
@@ -88,7 +87,7 @@ class PairedTask(SinogramDataModule):
         reverse: bool = False,
         generated: str | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, num_scans, seed, None, symmetry, 0.0)
+        super().__init__(batch_size, num_workers, num_scans, seed, symmetry)
         self.save_hyperparameters(logger=False, ignore=["geometry", "options", "symmetry"])
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
@@ -129,29 +128,6 @@ class PairedTask(SinogramDataModule):
             identity["generated"] = [len(more), float(more.arrays["input"].sum())]  # type: ignore[union-attr]
         notes = {"task": self.task, "train_patients": train.patient_id.unique().tolist()}
         return LoadedData(self.geometry, train, val, test, digest(identity), notes=notes)
-
-    @property
-    def stage1_data_hash(self) -> None:
-        """Stages 1 and 2 come from single slices, never from these pairs."""
-        return None
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment training batches on the batch's device."""
-        if not isinstance(batch, PairedBatch):
-            return batch
-        training = self.trainer is not None and self.trainer.training
-        return self.augment_pairs(batch, self.trainer.current_epoch) if training else batch  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def augment_pairs(self, batch: PairedBatch, epoch: int) -> PairedBatch:
-        """Draw symmetries by (seed, epoch, sample id) and apply each pair's to its input and its targets."""
-        self._require_setup()
-        if self.symmetry is None:
-            return batch
-        ids = batch.sample_id.tolist()
-        drawn = collate([self.symmetry.draw(1, keyed_generator(self.seed, epoch, i, "symmetry")) for i in ids])
-        given, expected, noisy = (self.symmetry.apply(x, drawn) for x in (batch.input, batch.expected, batch.noisy))
-        return batch._replace(input=given, expected=expected, noisy=noisy, activity=None, labels=None, attenuation=None)
 
     def _set(self, split: str) -> PairedSet:
         n_patients = self.patients[split]

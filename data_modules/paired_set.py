@@ -71,6 +71,14 @@ class PairedSet(SinogramSet):
         ids = self.sample_id[rows], self.patient_id[rows]
         return type(self)(arrays, self.task, self.target_tracer[rows], prompt, *ids)
 
+    def times(self, gain: float) -> PairedSet:
+        """Return the same pairs with their sinograms multiplied by a number, in memory."""
+        rows = torch.arange(len(self))
+        sinograms = ("input", "expected", "noisy")
+        arrays = {name: array[rows] * gain if name in sinograms else array[rows] for name, array in self.arrays.items()}
+        about = self.target_tracer, self.prompt, self.sample_id, self.patient_id
+        return type(self)(arrays, self.task, *about)
+
     def joined(self, more: PairedSet) -> PairedSet:
         """Return these pairs and then others of the same task, in memory, without images."""
         rows = torch.arange(len(self)), torch.arange(len(more))

@@ -20,6 +20,7 @@ from allpet.regions import roi_from_file
 from allpet.simulation.tasks import TASKS, TWO_TRACERS
 from data_modules.base import fixed_scale
 from data_modules.checks import by
+from data_modules.files import prompts_of
 from data_modules.folder import FoundFile
 from data_modules.layouts import AUTO
 from data_modules.validate import inspect_folder
@@ -83,7 +84,7 @@ class SinogramsToRestore(LightningDataModule):
             raise ValueError(f"gain is {gain}, but must be a positive number.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
-        self.prompt = Prompt.of([(tracer, region)]).names()[0].split(":")
+        self.prompt = Prompt.of([(tracer, region)])
         self.task, self.targets, self.dose, self.delay_min = task, tuple(target_tracers or ()), dose, delay_min
         self.folder, self.key, self.slices, self.full_turn = str(folder), key, slices, full_turn
         self.asked_gain, self.roi_file, self.roi_pixel_mm = gain, roi, roi_pixel_mm
@@ -190,11 +191,7 @@ class SinogramsToRestore(LightningDataModule):
             if self.task != "attenuation" or "not corrected for attenuation" not in row.finding:
                 rank_zero_info(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
         self.files, self.geometry = files, report.geometry
-        columns = []
-        for name, said in zip(("tracer", "region"), self.prompt, strict=True):
-            entries = [entry for found in files for entry in found.column(name) or [OPEN] * len(found.slices)]
-            columns.append([said] * len(entries) if said != OPEN else entries)
-        self._prompts = [":".join(pair) for pair in zip(*columns, strict=True)]
+        self._prompts = prompts_of(files, self.prompt).names()
 
     def _choose_gain(self, system: Any) -> float:
         if self.asked_gain is not None:

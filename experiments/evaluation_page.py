@@ -86,8 +86,19 @@ def write_page(
         f'<p class="small">allpet {html.escape(versions().get("allpet", ""))}, '
         f"torch {html.escape(versions()['torch'])}, {html.escape(str(hardware()['processor']))}, seed {seed}.</p>",
     ]
+    write_document(path, "ALL-PET evaluation", parts)
+
+
+def write_document(path: Path, title: str, parts: list[str]) -> None:
+    """Write an HTML file of some elements, whole or not at all.
+
+    Args:
+        path: of the file.
+        title: of the window.
+        parts: elements, one after another.
+    """
     text = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>ALL-PET evaluation</title>'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     with replacing(path) as unfinished:

@@ -34,6 +34,8 @@ COMMANDS += [
     for task in (*TASKS, "multi_task")
     for scale in SCALES
 ]
+OWN_PAIRS = ("defaults.yaml", "finetune/bridge.yaml", "finetune/own_pairs.yaml", "finetune/attenuation.yaml")
+COMMANDS += [("fit", (*OWN_PAIRS, "scale/laptop.yaml", "finetune/methods/regression_pixels.yaml"))]
 COMMANDS += [
     ("fit", ("defaults.yaml", f"baselines/{name}.yaml", scale)) for name in ("gan", "score") for scale in SCALES
 ]
@@ -165,6 +167,23 @@ def test_data_of_ones_own_take_the_place_of_the_simulator(stage, scale, capsys):
     assert own["init_args"]["image_geometry"] == simulated["init_args"]["geometry"]
     for name in ("batch_size", "augmentation", "symmetry"):
         assert own["init_args"][name] == simulated["init_args"][name]
+
+
+def test_pairs_of_ones_own_take_the_place_of_simulated_ones(capsys):
+    """As make has it: the task and what it trains stay."""
+    command = ["make", "-n", "finetune", "TASK=delayed", "DATA=mine", "DELAY=60", "PROMPT=FDG:chest", "PAIRS=7"]
+    shown = subprocess.run(command, cwd=EXPERIMENTS.parent, capture_output=True, text=True, check=True).stdout
+    made = shlex.split(shown.replace("\\\n", " ").split("/allpet ")[1].replace(" experiments/", f" {EXPERIMENTS}/"))
+    own = resolved(capsys, *made)
+    simulated = resolved(capsys, "fit", *words((*OWN_PAIRS[:2], "finetune/delayed.yaml", "scale/laptop.yaml")))
+    assert own["data"]["class_path"] == "data_modules.PairedFiles"
+    given = own["data"]["init_args"]
+    said = {"folder": "mine", "task": "delayed", "delay_min": 60, "tracer": "FDG", "region": "chest", "num_scans": 7}
+    assert {name: given[name] for name in said} == said
+    assert given["geometry"] is None
+    assert given["batch_size"] == simulated["data"]["init_args"]["batch_size"]
+    assert own["run"] == simulated["run"]
+    assert own["model"] == simulated["model"]
 
 
 @pytest.mark.parametrize("stage", ["vae.yaml", "ldm.yaml"])

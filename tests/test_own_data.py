@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import ellipse_sinogram, gaussian_sinogram
+from scipy.io import loadmat, savemat
 from test_nac_inversion import brain, folders, radon  # noqa: F401
 from test_readme import FOLDER, ROOT, run
 
@@ -22,7 +23,13 @@ from allpet.io import Scan, odd_bins, read_scan, write_scan
 from data_modules.command import main
 
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
-EXTRA = {"make train-vae": FOLDER, "make train-ldm": FOLDER, "make sample": "--model.sampling.steps=2"}
+EXTRA = {
+    "make train-vae": FOLDER,
+    "make train-ldm": FOLDER,
+    "make sample": "--model.sampling.steps=2",
+    "make finetune": FOLDER,
+    "make attenuation-demo": f"--methods bridge --steps=1 {FOLDER.replace('--trainer.max_steps=2', '')}",
+}
 
 
 def commands() -> list[str]:
@@ -42,6 +49,11 @@ def place(folders: Path) -> Path:  # noqa: F811
             view = 2 * np.sqrt(np.clip(generator.uniform(15, 30) ** 2 - bins**2, 0, None))
             sinogram = generator.poisson(50 * np.tile(view, (64, 1))).astype(np.float32)
             np.save(folders / "my_scans" / f"patient{patient}" / f"slice_{part}.npy", sinogram)
+    # More neighbours of one patient: the same slices, moved and turned with their CT.
+    for number in range(3, 13):
+        for kind in ("pet", "ct"):
+            image = loadmat(folders / kind / f"a_{1 + number % 2}.mat")["data"]
+            savemat(folders / kind / f"a_{number}.mat", {"data": np.roll(np.rot90(image, number), number % 3, 0)})
     return folders
 
 
@@ -68,7 +80,16 @@ def test_every_command_works_in_the_order_given(place: Path, monkeypatch: pytest
     assert len(read_scan(place / "images.nii.gz").values) == 4
     assert len(read_scan(place / "images_dicom").values) == 2
     assert (read_scan(place / "pairs.h5").acf >= 1).all()
-    for name in ("sheet.png", "pairs.png"):
+    demo = json.loads((place / "outputs/reports/attenuation_demo.json").read_text())
+    rows = {(row["method"], row["nfe"]): row for row in demo["rows"]}
+    assert list(rows) == [("identity", 0), ("bridge", 1), ("bridge", 5), ("target", 0)]
+    assert rows["target", 0]["l2"] == 0 < rows["identity", 0]["l2"] < 1
+    assert rows["target", 0]["hl0"] < 0.3 * rows["identity", 0]["hl0"]
+    assert demo["slices"] == {"train": 5, "test": 2}
+    for text in (demo["remarks"], (place / "outputs/reports/attenuation_demo.html").read_text()):
+        assert "demonstration on one patient" in text
+    assert (place / "outputs/finetune/attenuation/001/pretrained/model.safetensors").is_file()
+    for name in ("sheet.png", "pairs.png", "outputs/reports/attenuation_demo.png"):
         assert (place / name).stat().st_size > 10_000
 
 

@@ -221,7 +221,10 @@ class PairedSystem(LatentSystem):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and stage != "predict" and not isinstance(data.train_set[[0]], PairedBatch):
-            raise ValueError(f"{type(data).__name__} gives no pairs to learn from: use --data data_modules.PairedTask.")
+            raise ValueError(
+                f"{type(data).__name__} gives no pairs to learn from: use --data data_modules.PairedTask, or "
+                "data_modules.PairedFiles for your own."
+            )
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
