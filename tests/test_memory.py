@@ -185,8 +185,6 @@ def test_a_configuration_is_estimated_without_data_or_stage_1(tmp_path, monkeypa
         parts = [value for name, value in row.items() if name.endswith("_gb") and name != "peak_gb"]
         assert len(parts) == 7
         assert sum(parts) == pytest.approx(row["peak_gb"])
-        # 24 prompts' means, 1024 axes of 8 x 16 x 20 or more, and the variances
-        assert row["linear_gb"] > 4 * (24 + 1024) * 8 * 16 * 20 / GB
     assert rows[0]["peak_gb"] < rows[1]["peak_gb"]
 
 
