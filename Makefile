@@ -66,8 +66,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY) ## From nothing to a gallery of generated sinograms and images, in minutes
 	$(BIN)/python experiments/demo.py $(ARGS)
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## Run the tests, a file per core at a time
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(READY) ## Lint, types, import contracts, every YAML parsed, the page of results up to date
 	$(BIN)/ruff check .
