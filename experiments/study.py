@@ -60,7 +60,8 @@ REMARKS = {
     " is the same without stage 2; multi_task is one bridge for all tasks, with as many steps per task; prior "
     "uses stage 2 alone and no pairs; regression_synthetic trains on few real and many generated pairs. ROI "
     "rows are told where the lesions are: no method may know that but by a clinician. The oracle is told the "
-    "truth. Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, "
+    "truth. stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. "
+    "Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, "
     "and what separates two tracers is what was learned, not physics.",
 }
 

@@ -158,7 +158,7 @@ def test_every_required_row_is_there_and_what_matters_most_comes_first(task):
     assert len(set(keys)) == len(keys)
     assert keys[0] == "identity"
     methods = {row.facts["method"] for row in rows}
-    assert {"identity", "regression", "bridge", "multi_task", "regression_synthetic"} <= methods
+    assert {"identity", "regression", "bridge", "stage1", "multi_task", "regression_synthetic"} <= methods
     low_dose = {"gauss_oracle", "regression_pixels", "conditional", "ddbm", "attention", "prior", "bridge_scratch"}
     assert (low_dose <= methods) == (task == "low_dose")
     for seed in (0, 1, 2):

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from allpet import BridgeSampling, Condition, ConditionalSampling, LatentDiffusion, Sampling, roi_from_labels
+from allpet import (
+    AutoencoderSystem,
+    BridgeSampling,
+    Condition,
+    ConditionalSampling,
+    LatentDiffusion,
+    Sampling,
+    roi_from_labels,
+)
+from allpet.batches import unmasked_stack
 from allpet.metrics import standard_image
 from allpet.runs import newest_pretrained
 from allpet.simulation.tasks import TASKS
@@ -69,7 +78,7 @@ def rows(plan: Plan) -> list[Row]:
     for method in UNTRAINED if low_dose else UNTRAINED[:1]:
         add(method, plan.seeds[0])
     for seed in plan.seeds:
-        for method in main:
+        for method in (*main, "stage1"):
             add(method, seed)
     if low_dose:
         for seed in plan.seeds:
@@ -111,6 +120,9 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
     """Make a method ready and return its results for the held-out inputs, one way to sample after the other."""
     if method in UNTRAINED:
         yield _untrained(plan, method)
+        return
+    if method == "stage1":
+        yield Line(_facts(0), _through_stage1(plan, seed), {})
         return
     if method == "prior":
         prior = PriorRestoration(LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed))))
@@ -183,6 +195,15 @@ def _facts(nfe: int, samples: int = 1, attention: str = "") -> dict[str, Any]:
 
 def _line(plan: Plan, system: PairedSystem, sampling: Any) -> Line:
     return Line(_facts(sampling.nfe), restore(plan, system.restore, sampling).mean, {})
+
+
+@torch.no_grad()
+def _through_stage1(plan: Plan, seed: int) -> Tensor:
+    """Return what stage 1 makes of the expected targets themselves: what its latents lose, all that use them lose."""
+    stage1 = AutoencoderSystem.from_pretrained(newest_pretrained(plan.stage2(seed).with_name("vae"))).eval()
+    expected = plan.held_out.pairs.expected
+    pieces = expected.flatten(0, 1)[:, None].split(64)
+    return torch.cat([stage1(unmasked_stack(piece))[:, 1] for piece in pieces]).view_as(expected)
 
 
 def _untrained(plan: Plan, method: str) -> Line:

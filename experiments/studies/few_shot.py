@@ -2,9 +2,9 @@
 
 All rows train the same networks for the same number of steps; ``nothing`` has no masks and no symmetries, ``masks`` is
 RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both. At n = 500 single ingredients of
-``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage 2,
-too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft masks, masks of the image instead of the sinogram, and the three other forms of
-the constraint.
+``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage
+2, too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft
+masks, masks of the image instead of the sinogram, and the three other forms of the constraint.
 """
 
 from __future__ import annotations
