@@ -36,7 +36,7 @@ SAMPLING = Sampling("ddpm", steps=50)
 NUMBERS = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
 
 
-def train(stage: str, folder: Path, seed: int, steps: int | None, extra: list[str]) -> Path:
+def train(stage: str, folder: Path, seed: int, steps: int, extra: list[str]) -> Path:
     """Train a stage through the command line and return its pretrained folder."""
     words = ["fit"]
     for name in ("defaults", stage, "scale/laptop", "demo"):
@@ -47,7 +47,7 @@ def train(stage: str, folder: Path, seed: int, steps: int | None, extra: list[st
         f"--model.seed={seed}",
         f"--data.seed={seed}",
     ]
-    allpet(words + ([f"--trainer.max_steps={steps}"] if steps else []) + extra)
+    allpet([*words, f"--trainer.max_steps={steps}", *extra])
     return newest_pretrained(folder / stage)
 
 
@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights, masks, noise and samples")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder of runs and pictures")
     parser.add_argument("--reports", type=Path, default=Path("outputs/reports"), help="folder of the numbers")
-    parser.add_argument("--vae-steps", type=int, help="steps of stage 1 (default: experiments/scale/laptop.yaml)")
-    parser.add_argument("--ldm-steps", type=int, help="steps of stage 2 (default: the same file)")
+    parser.add_argument("--vae-steps", type=int, default=1000, help="steps of stage 1; `make train-vae` makes more")
+    parser.add_argument("--ldm-steps", type=int, default=1200, help="steps of stage 2; `make train-ldm` makes more")
     parser.add_argument("--samples", type=int, default=64, help="generated sinograms per prompt")
     arguments, extra = parser.parse_known_args()
     began, rows, made = time.perf_counter(), [], []
