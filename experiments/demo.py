@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,10 @@ def animate(folder: Path, model: LatentDiffusion, prompts: list[str], radon: Rad
 
 
 def look(
-    folder: Path, seed: int, vae_folder: Path, ldm_folder: Path, samples: int
+    folder: Path, seed: int, vae_folder: Path, ldm_folder: Path, samples: int, sampling: Sampling = SAMPLING
 ) -> tuple[list[dict[str, Any]], Path]:
     """Generate, draw and measure with two trained stages; return the rows of the table and the gallery."""
-    model = LatentDiffusion.from_pretrained(ldm_folder, SAMPLING)
+    model = LatentDiffusion.from_pretrained(ldm_folder, sampling)
     autoencoder = AutoencoderSystem.from_pretrained(vae_folder)
     data = data_of_run(ldm_folder.parent, SimulatedPET)
     radon, prompts = data.radon, list(data.prompts)
@@ -164,14 +165,16 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=1000, help="steps of stage 1; `make train-vae` makes more")
     parser.add_argument("--ldm-steps", type=int, default=1200, help="steps of stage 2; `make train-ldm` makes more")
     parser.add_argument("--samples", type=int, default=64, help="generated sinograms per prompt")
+    parser.add_argument("--sampling-steps", type=int, default=SAMPLING.steps, help="steps from noise to a sinogram")
     arguments, extra = parser.parse_known_args()
+    sampling = replace(SAMPLING, steps=arguments.sampling_steps)
     began, rows, made = time.perf_counter(), [], []
     continued = any((arguments.output / f"seed{seed}").exists() for seed in arguments.seed)
     for seed in arguments.seed:
         folder = arguments.output / f"seed{seed}"
         vae_folder = train("vae", folder, seed, arguments.vae_steps, extra)
         ldm_folder = train("ldm", folder, seed, arguments.ldm_steps, [f"--model.autoencoder={vae_folder}", *extra])
-        more, gallery = look(folder, seed, vae_folder, ldm_folder, arguments.samples)
+        more, gallery = look(folder, seed, vae_folder, ldm_folder, arguments.samples, sampling)
         rows += more
         made += [gallery, gallery.with_name("transition.gif")]
     summary = {

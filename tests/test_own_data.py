@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from analytic import ellipse_sinogram, gaussian_sinogram
+from commands import ROOT, project_copy, run_here
 from scipy.io import loadmat, savemat
 from test_nac_inversion import brain, folders, radon  # noqa: F401
-from test_readme import FOLDER, ROOT, run
+from test_readme import FOLDER
 
 from allpet import ParallelBeam, Radon, fbp
 from allpet.io import Scan, odd_bins, read_scan, write_scan
@@ -40,8 +40,7 @@ def commands() -> list[str]:
 @pytest.fixture
 def place(folders: Path) -> Path:  # noqa: F811
     """A copy of the project to run in, with sinograms of five patients, PET and CT."""
-    shutil.copy(ROOT / "Makefile", folders)
-    shutil.copytree(ROOT / "experiments", folders / "experiments")
+    project_copy(folders, small=True)
     generator, bins = np.random.default_rng(0), np.arange(80) - 39.5
     for patient in range(5):
         (folders / "my_scans" / f"patient{patient}").mkdir(parents=True)
@@ -64,7 +63,7 @@ def test_every_command_works_in_the_order_given(place: Path, monkeypatch: pytest
         if words[0] == "allpet-data":
             assert main(words[1:]) == 0, command
         else:
-            run(place, command, next(extra for start, extra in EXTRA.items() if command.startswith(start)))
+            run_here(place, command, next(extra for start, extra in EXTRA.items() if command.startswith(start)))
     report = json.loads((place / "report.json").read_text())
     assert report["usable"]
     samples = read_scan(place / "outputs/samples/001/samples.h5")

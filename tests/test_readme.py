@@ -1,19 +1,21 @@
-"""The README: every command in it is run, with budgets of a few steps, on look-alike data."""
+"""The README: every command in it is run, with budgets of a few steps, on look-alike data.
+
+In this process and with small networks; ``pytest -m slow`` runs each in a process of its own, at its own size.
+"""
 
 import json
-import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT, project_copy, run, run_here
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1]
 TINY = (
     "--trainer.max_steps=2 --data.num_scans=16 --data.val_patients=2 --data.test_patients=2 --data.batch_size=8 "
     "--trainer.accelerator=cpu --model.warmup_steps=1"
@@ -22,7 +24,7 @@ FILES = "-c experiments/defaults.yaml -c experiments/vae.yaml -c experiments/sca
 FOLDER = TINY.replace("--data.num_scans=16 --data.val_patients=2 --data.test_patients=2 ", "")
 # What is appended to each command so that it ends within seconds; None: run elsewhere, as said.
 COMMANDS: dict[str, str | None] = {
-    "make demo": "--vae-steps=2 --ldm-steps=2 --samples=4 --data.num_scans=20 --data.val_patients=2",
+    "make demo": "--vae-steps=2 --ldm-steps=2 --sampling-steps=2 --samples=4 --data.num_scans=20 --data.val_patients=2",
     "make help": "",
     "make train-vae": TINY,
     "make train-ldm": TINY,
@@ -46,6 +48,7 @@ COMMANDS: dict[str, str | None] = {
     "make test": None,  # this
     "make check": None,  # CI runs it
 }
+IN_A_PROCESS = (f"allpet fit {FILES} --print_config", "make validate-data DATA=my_scans")
 
 
 def shell_commands() -> list[str]:
@@ -58,13 +61,9 @@ def test_every_command_is_known_here():
     assert set(shell_commands()) == set(COMMANDS)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place_of(folder: Path, small: bool) -> Path:
     """A copy of the project to run in, with a folder of sinograms of three patients in it."""
-    place = tmp_path_factory.mktemp("readme")
-    for name in ("Makefile", "experiments"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+    place = project_copy(folder, small)
     generator = np.random.default_rng(0)
     bins = np.arange(80) - 39.5
     for patient in range(3):
@@ -77,25 +76,22 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-def run(place: Path, command: str, extra: str) -> str:
-    bin_folder = Path(sys.executable).parent
-    words = command.replace("make ", f"make BIN={bin_folder} READY= ", 1)
-    if command.startswith(("make", "WANDB")) and extra:
-        given = re.search(r'ARGS="([^"]*)"', words)
-        words = words.replace(given[0], "") if given else words
-        words += f" ARGS={shlex.quote(' '.join(filter(None, [given and given[1], extra])))}"
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        words, shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-    return result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Where commands run in this process, with small networks."""
+    return place_of(tmp_path_factory.mktemp("readme"), small=True)
 
 
-def test_the_commands_work_in_the_order_given(place):
+@pytest.fixture(scope="module")
+def real_place(tmp_path_factory) -> Path:
+    """Where commands run as they are given."""
+    return place_of(tmp_path_factory.mktemp("readme"), small=False)
+
+
+def check_commands(place: Path, runner: Callable[[Path, str, str], str]) -> None:
     for command in shell_commands():
         if COMMANDS[command] is not None and command != "make demo":
-            run(place, command, COMMANDS[command])
+            runner(place, command, COMMANDS[command])
     assert (place / "outputs/vae/001/pretrained/model.safetensors").is_file()
     assert (place / "outputs/ldm/001/pretrained/model.safetensors").is_file()
     assert (place / "outputs/finetune/low_dose/001/pretrained/model.safetensors").is_file()
@@ -107,13 +103,16 @@ def test_the_commands_work_in_the_order_given(place):
     assert (place / "outputs/reports/evaluate.html").is_file()
 
 
-def test_the_python_example_works(place):
-    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1].replace("steps=100", "steps=2")
-    subprocess.run([sys.executable, "-c", code], cwd=place, check=True, timeout=120)
+def test_the_commands_work_in_the_order_given(place):
+    check_commands(place, run_here)
 
 
-def test_the_demo_leaves_pictures_and_numbers(place):
-    output = run(place, "make demo", COMMANDS["make demo"])
+def test_the_python_example_works(place, monkeypatch):
+    monkeypatch.chdir(place)
+    exec(PYTHON.replace("steps=100", "steps=2"), {})
+
+
+def check_demo(place: Path, output: str) -> None:
     report = json.loads((place / "outputs/reports/demo.json").read_text())
     for kind in ("expected", "noisy", "reconstructed", "generated"):
         for name in ("row_sum_cv", "centre_residual", "hl_residual"):
@@ -129,3 +128,21 @@ def test_the_demo_leaves_pictures_and_numbers(place):
     for name in ("gallery.png", "transition.gif"):
         assert (place / "outputs/demo/seed0" / name).is_file()
         assert name in output
+
+
+def test_the_demo_leaves_pictures_and_numbers(place):
+    check_demo(place, run_here(place, "make demo", COMMANDS["make demo"]))
+
+
+@pytest.mark.parametrize("command", IN_A_PROCESS)
+def test_programs_start_as_they_are_called(command, place):
+    """One by its own name, one as a module; the rest in the slow test below."""
+    run(place, command, COMMANDS[command])
+
+
+@pytest.mark.slow
+def test_everything_works_in_processes_of_its_own_at_its_own_size(real_place):
+    check_commands(real_place, run)
+    code = PYTHON.replace("steps=100", "steps=2")
+    subprocess.run([sys.executable, "-c", code], cwd=real_place, check=True, timeout=300)
+    check_demo(real_place, run(real_place, "make demo", COMMANDS["make demo"]))
