@@ -127,6 +127,12 @@ def test_a_fresh_denoiser_predicts_zero_and_learns_to_obey():
     assert not torch.allclose(denoiser(latent, time, prompt, label=torch.ones(2, 3)), answer)
 
 
+def test_heads_must_divide_the_channels_that_attend():
+    with pytest.raises(ValueError, match="head_channels is 32, but must divide the channels of every level with"):
+        Denoiser(channels=(16, 32), attention=(True, False))
+    Denoiser(channels=(16, 32), attention=(False, True))
+
+
 def test_folding_keeps_shape_and_mixes_only_at_coarser_positions():
     denoiser = Denoiser(channels=(16, 32), layers_per_block=1, patch=2, attention=(True, True), head_channels=8)
     torch.nn.init.normal_(denoiser.unet.conv_out.weight)

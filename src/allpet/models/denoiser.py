@@ -75,6 +75,12 @@ class Denoiser(nn.Module):
         super().__init__()
         if len(attention) != len(channels):
             raise ValueError(f"attention has {len(attention)} levels and channels {len(channels)}: give one for each.")
+        attending = [n for n, wanted in zip(channels, attention, strict=True) if wanted]
+        if any(n % head_channels for n in attending):
+            raise ValueError(
+                f"head_channels is {head_channels}, but must divide the channels of every level with attention, "
+                f"{', '.join(map(str, attending))}: choose another, or other channels."
+            )
         if domain not in ("sinogram", "image") or radon_channels % 2:
             raise ValueError(
                 f"domain is {domain!r} with {radon_channels} radon_channels, but must be 'sinogram' or 'image' with an "
