@@ -88,6 +88,10 @@ def _start(program: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
         elif words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
+            # What a test has imported from the project's own experiments knows the files beside it, not the copies.
+            for name, module in list(sys.modules.items()):
+                if "experiments" in Path(getattr(module, "__file__", None) or "").parts:
+                    patch.delitem(sys.modules, name)
             patch.syspath_prepend(Path(words[0]).parent.resolve())
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
