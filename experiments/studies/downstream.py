@@ -78,7 +78,7 @@ def rows(plan: Plan) -> list[Row]:
     for method in UNTRAINED if low_dose else UNTRAINED[:1]:
         add(method, plan.seeds[0])
     for seed in plan.seeds:
-        for method in (*main, "stage1"):
+        for method in ("stage1", *main):
             add(method, seed)
     if low_dose:
         for seed in plan.seeds:
