@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -94,6 +95,8 @@ def test_a_hundred_kills_lose_nothing(tmp_path, record_property):
         missing += len(theirs) - len(mine)
         trainings, progress, root = trainings + 1, 0, tmp_path / str(trainings + 1)
     said = log.read_text()
+    # Python's own tracker of resources (python -c ...) may be about to write to a process that has just been killed.
+    said = re.sub(r'Traceback .*\n  File "<string>", line 1, in <module>\nBrokenPipeError: .*', "", said)
     assert "Traceback" not in said
     assert said.count("continues at step") > KILLS / 2
     print(f"{kills} kills, {starts} starts, {trainings} trainings, {missing} rows of metrics missing")
