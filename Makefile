@@ -90,6 +90,8 @@ train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1
 finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS= DATA=)
 	@test -f "experiments/finetune/$(TASK).yaml" || \
 		{ echo "Name the task: make finetune TASK=low_dose (attenuation, delayed, separation, conversion, multi_task)."; exit 1; }
+	@test -n "$(DATA)" -o -z "$(DOSE)$(DELAY)$(TARGETS)$(PROMPT)" || \
+		{ echo "DOSE, DELAY, TARGETS and PROMPT are said of pairs of your own: name them with DATA=, or leave those out."; exit 1; }
 	@test -z "$(DATA)" -o "$(TASK)" != multi_task || \
 		{ echo "Pairs of your own are of one task: name it, or leave DATA out."; exit 1; }
 	$(BIN)/allpet fit -c experiments/defaults.yaml -c experiments/finetune/bridge.yaml \

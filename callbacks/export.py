@@ -25,7 +25,7 @@ _STAGES = {
 # What a card tells of the data. It is shared: whatever else a data module has to say of a user's data stays out.
 _TOLD = (
     *("data", "data_hash", "geometry", "scale", "reprojected", "num_scans", "train", "val", "test"),
-    *("split", "target", "dose", "task"),
+    *("split", "target", "dose", "task", "gain"),
 )
 
 

@@ -52,9 +52,10 @@ class LatentStatistics(Callback):
             mean, std = self._measure(trainer, pl_module, data.train_dataloader())
         pl_module.autoencoder.set_latent_statistics(mean, std)
         if pl_module.autoencoder.constraint == "weighted":
-            loader = data.train_dataloader()
-            batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
-            weight = torch.tensor(pl_module.measure_full_weight(batches), device=pl_module.device)
+            with data.unmixed():
+                loader = data.train_dataloader()
+                batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
+                weight = torch.tensor(pl_module.measure_full_weight(batches), device=pl_module.device)
             pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
         trainer.validating = True  # so that the data module draws as it does in validation
         raw_mean, raw_std = self._measure(trainer, pl_module, data.val_dataloader())

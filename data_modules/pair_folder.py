@@ -147,6 +147,9 @@ def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -
         if not (np.isfinite(acf) & (acf >= _LEAST)).all():
             finding = f"its correction factors go from {acf.min():.3g} to {acf.max():.3g}, but none is below 1"
             raise DataError(where, finding, "store factors that sinograms are multiplied by")
+        if found.scan.additive is not None:
+            finding = "scatter and randoms come with it (additive), which correction factors would multiply"
+            raise DataError(where, finding, "subtract them first, and store what is left with its factors")
         done = "attenuation_corrected" in found.scan.state
         inputs.append(found._replace(slices=found.slices / acf) if done else found)
         targets.append(found.slices if done else found.slices * acf)
@@ -159,7 +162,10 @@ def _order(files: list[FoundFile]) -> list[int]:
     for found in files:
         n = len(found.slices)
         names, numbers = found.column("file") or [found.name] * n, found.column("slice") or [str(i) for i in range(n)]
-        places += [(_numbers_as_numbers(name), int(number)) for name, number in zip(names, numbers, strict=True)]
+        places += [
+            (_numbers_as_numbers(name), int(float(number) if str(number).strip() else i))
+            for i, (name, number) in enumerate(zip(names, numbers, strict=True))
+        ]
     return sorted(range(len(places)), key=lambda i: places[i])
 
 

@@ -39,7 +39,7 @@ class PairedDataModule(SinogramDataModule):
 
     @property
     def stage1_data_hash(self) -> None:
-        """Stages 1 and 2 come from single slices, never from these pairs."""
+        """Stages 1 and 2 come from single slices, whose hash is another than that of pairs."""
         return None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -58,7 +58,8 @@ class PairedFiles(PairedDataModule):
         patient: pattern that finds the patient in a file's name, see ``SinogramFiles``.
         layout: name of a public data set's layout; ``auto`` looks for one, ``none`` not.
         val_share: share of the patients (or slices) to validate on.
-        test_share: share of the patients (or slices) to test on.
+        test_share: share of the patients (or slices) to test on; as for single slices, so that patients whom stages 1
+            and 2 were tested on are those of the pairs, where the names of patients are the same.
         gap: slices left out between blocks of slices of one patient.
         num_scans: number of training pairs (few-shot); None for all.
         batch_size: see ``SinogramDataModule``, as all that follows.
@@ -88,7 +89,7 @@ class PairedFiles(PairedDataModule):
         patient: str | None = None,
         layout: str = AUTO,
         val_share: float = 0.1,
-        test_share: float = 0.2,
+        test_share: float = 0.1,
         gap: int = 2,
         num_scans: int | None = None,
         batch_size: int = 16,

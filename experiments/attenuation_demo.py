@@ -155,7 +155,7 @@ def finetune(method: str, options: argparse.Namespace, data: dict[str, Any], key
     files += [HERE / f"finetune/methods/{method}.yaml"] if method != "bridge" else []
     words = [word for file in files for word in ("-c", str(file))]
     words += [f"--seed_everything={options.seed}", f"--model.seed={options.seed}"]
-    words += [f"--data.{name}={json.dumps(value) if name == 'geometry' else value}" for name, value in data.items()]
+    words += [f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in data.items()]
     words += [] if method == "regression_pixels" else [f"--model.autoencoder={start}"]
     words += [f"--trainer.max_steps={options.steps}", *options.more]
     # A folder for each training: the newest in it is that which was asked for.
@@ -212,6 +212,21 @@ def statement(data: PairedFiles) -> str:
     )
 
 
+def take_data(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Part what is said of the data from the rest: what is tried must be split as what is trained on.
+
+    Raises:
+        SystemExit: if an option of the data is not written with ``=``.
+    """
+    said: dict[str, Any] = {}
+    for word in (word for word in words if word.startswith("--data.")):
+        name, sign, value = word.removeprefix("--data.").partition("=")
+        if not sign:
+            raise SystemExit(f"{word} is an option of the data: write it with its value, {word}=VALUE.")
+        said[name] = yaml.safe_load(value)
+    return said, [word for word in words if not word.startswith("--data.")]
+
+
 def main(words: Sequence[str] | None = None) -> Path:
     """Fine-tune, try, write; return the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,14 +245,19 @@ def main(words: Sequence[str] | None = None) -> Path:
     tracer, _, region = options.prompt.partition(":")
     start = newest_pretrained(options.start)
     autoencoder, geometry, _, _ = load_stages(start)
-    given = {"folder": str(options.pairs), "tracer": tracer, "region": region or "open"}
+    said_of_data, options.more = take_data(options.more)
+    given: dict[str, Any] = {"folder": str(options.pairs), "tracer": tracer, "region": region or "open"}
+    given |= {"test_share": 0.2, **said_of_data}  # a fifth, where there is but one patient
     data = PairedFiles(**given, geometry=geometry)
     data.setup()
     # One number for all methods, so that their results are in the same units.
     gain = 1.0 if data.in_suv else float(autoencoder.scaling.scale) / data.scale
-    given |= {"geometry": data.geometry.to_dict(), "gain": gain, "seed": options.seed}
+    given |= {"geometry": data.geometry.to_dict(), "seed": options.seed}
+    given.setdefault("gain", gain)
     data = PairedFiles(**{**given, "geometry": data.geometry})
     data.setup()
+    if not len(data.test_set):
+        raise SystemExit(f"{options.pairs} leaves no slices to try: set --data.test_share, or give more patients.")
     trial, train = Trial.of(data), everything(data.train_set)
 
     results = {"identity": Identity().fit(train.input, train.expected).restore(trial.pairs.input).mean}

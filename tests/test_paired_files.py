@@ -73,7 +73,7 @@ def everything(part: Any) -> Any:
 
 
 def test_factors_make_pairs_and_neighbours_are_split_into_blocks_with_gaps(tmp_path: Path) -> None:
-    data = loaded(corrected(tmp_path), tracer="FDG", region="brain", gap=3)
+    data = loaded(corrected(tmp_path), tracer="FDG", region="brain", test_share=0.2, gap=3)
     target, acf = bodies(20)
     rows = [list(range(8)), [11, 12], [16, 17, 18, 19]]
     train, val, test = (everything(part) for part in (data.train_set, data.val_set, data.test_set))
@@ -261,7 +261,7 @@ def test_regions_are_the_head_without_what_lies_beside_it() -> None:
 
 
 def test_the_target_is_without_error_and_the_input_is_not(tmp_path: Path) -> None:
-    data = loaded(corrected(tmp_path), gap=3)
+    data = loaded(corrected(tmp_path), test_share=0.2, gap=3)
     trial = attenuation_demo.Trial.of(data)
     perfect, weak = trial.score(trial.pairs.expected), trial.score(0.9 * trial.pairs.expected)
     for name in ("l2", "l2_image", "bias_head", "bias_centre", "bias_rim", "worst_bias"):

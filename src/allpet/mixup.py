@@ -1,4 +1,4 @@
-"""Mix-up of slices: another patient of the same prompt, added in part (an augmentation beside the exact symmetries).
+"""Mix-up of slices: another slice of the same prompt, added in part (an augmentation beside the exact symmetries).
 
 A sinogram is linear in its image, so that (1 - b) p_1 + b p_2 is the sinogram of the image (1 - b) f_1 + b f_2, which
 fulfils every consistency condition. It is no patient's: a network that reconstructs or removes noise has more sinograms

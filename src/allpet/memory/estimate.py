@@ -76,7 +76,7 @@ class Estimate:
         optimizer: the optimiser's state.
         ema: averaged weights and buffers.
         tables: of the data module.
-        linear: the linear denoiser that stage 2 starts from, with as many axes as it may keep.
+        linear: the linear denoiser that stage 2 may start from, with as many axes as it may keep.
         activations: all the rest.
     """
 
