@@ -162,10 +162,13 @@ def _order(files: list[FoundFile]) -> list[int]:
     for found in files:
         n = len(found.slices)
         names, numbers = found.column("file") or [found.name] * n, found.column("slice") or [str(i) for i in range(n)]
-        places += [
-            (_numbers_as_numbers(name), int(float(number) if str(number).strip() else i))
-            for i, (name, number) in enumerate(zip(names, numbers, strict=True))
-        ]
+        try:
+            places += [
+                (_numbers_as_numbers(name), int(float(number))) for name, number in zip(names, numbers, strict=True)
+            ]
+        except ValueError as error:
+            finding = f"its table's column slice holds something that is no number ({error})"
+            raise DataError(found.name, finding, "number the slices, or leave the column out") from error
     return sorted(range(len(places)), key=lambda i: places[i])
 
 

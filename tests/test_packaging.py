@@ -138,6 +138,10 @@ def test_make_lists_every_target():
             ["sweep", "SWEEP=low_dose", "OFFLINE=1", "ARGS=--seeds 0"],
             "experiments/sweep.py low_dose --offline --seeds 0",
         ),
+        (
+            ["finetune", "TASK=low_dose", "DATA=my pairs", "DOSE=0.05", "PROMPT=FDG:brain", "PAIRS=9"],
+            '--data.folder "my pairs" --data.dose 0.05 --data.tracer FDG --data.region brain --data.num_scans 9',
+        ),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
         (["gpu-check", "PYTHON=/opt/python"], "/opt/python experiments/benchmarks/gpu_check.py"),
@@ -147,6 +151,13 @@ def test_make_lists_every_target():
 def test_make_hands_on_what_was_set(target, expected):
     shown = subprocess.run(["make", "-n", *target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert expected in shown
+
+
+def test_make_refuses_what_only_pairs_of_ones_own_need():
+    words = ["make", "READY=", f"BIN={Path(sys.executable).parent}", "finetune", "TASK=low_dose", "DOSE=0.05"]
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode
+    assert "name them with DATA=" in run.stdout
 
 
 def test_nothing_that_is_tracked_is_generated():

@@ -243,6 +243,23 @@ def test_impossible_settings_are_refused(given: dict[str, Any], sentence: str) -
         PairedFiles("pairs.h5", **given)
 
 
+def test_counts_with_scatter_and_randoms_are_refused(tmp_path: Path) -> None:
+    additive = np.ones((20, *GEOMETRY.sinogram_shape), np.float32)
+    with pytest.raises(ValueError, match=r"scatter and randoms come with it \(additive\).*subtract them first"):
+        loaded(corrected(tmp_path, additive=additive))
+
+
+def test_slices_may_be_numbered_in_any_way_that_is_a_number(tmp_path: Path) -> None:
+    names = ["one.mat"] * 20
+    backwards = [f"{20 - i}.0" for i in range(20)]
+    data = loaded(corrected(tmp_path, table={"file": names, "slice": backwards}), gap=3)
+    first = everything(data.train_set).noisy[:, 0]
+    target = bodies(20)[0]
+    torch.testing.assert_close(first[0], target[18])  # the last in the file, where even slices come last
+    with pytest.raises(ValueError, match="column slice holds something that is no number"):
+        loaded(corrected(tmp_path, table={"file": names, "slice": ["third"] * 20}))
+
+
 # ------------------------------------------------------------------------------------------------ the demonstration
 
 
@@ -271,3 +288,13 @@ def test_the_target_is_without_error_and_the_input_is_not(tmp_path: Path) -> Non
     assert given["bias_centre"] < given["bias_rim"] < 0  # the way to the centre is the longest
     assert "one patient" in attenuation_demo.statement(data)
     assert "tried on 4 others of the same patient, with at least 8 slices between" in attenuation_demo.statement(data)
+
+
+def test_what_is_said_of_the_data_holds_for_what_is_tried() -> None:
+    words = ["--data.val_share=.05", "--trainer.precision=32-true", "--data.patient=a(.)"]
+    assert attenuation_demo.take_data(words) == (
+        {"val_share": 0.05, "patient": "a(.)"},
+        ["--trainer.precision=32-true"],
+    )
+    with pytest.raises(SystemExit, match=r"write it with its value, --data\.gap=VALUE"):
+        attenuation_demo.take_data(["--data.gap", "3"])

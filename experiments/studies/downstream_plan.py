@@ -53,7 +53,7 @@ class Plan:
     task: str
     pairs: int = 500
     seeds: tuple[int, ...] = (0, 1, 2)
-    stages: Budget = field(default_factory=lambda: Budget(1500, 2400))
+    stages: Budget = field(default_factory=lambda: Budget.of("laptop"))
     slices: int = 500
     steps: int = 600
     samples: int = 16

@@ -41,6 +41,11 @@ class Budget:
     vae: int
     ldm: int
 
+    @classmethod
+    def of(cls, scale: str) -> Budget:
+        """Return the steps that a scale's file gives its users."""
+        return cls(*(int(_numbers(scale, stage)["steps"]) for stage in ("vae", "ldm")))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -128,7 +133,12 @@ def scale_file(scale: str) -> Path:
 
 def batch_size(scale: str, stage: str) -> int:
     """Return the batch size that a scale's file gives a stage ("vae", "ldm") or a baseline ("gan", "score")."""
-    return int(yaml.safe_load(scale_file(scale).read_text(encoding="utf-8"))["scale"][stage]["batch_size"])
+    return int(_numbers(scale, stage)["batch_size"])
+
+
+def _numbers(scale: str, stage: str) -> dict[str, Any]:
+    numbers: dict[str, Any] = yaml.safe_load(scale_file(scale).read_text(encoding="utf-8"))["scale"][stage]
+    return numbers
 
 
 def train(recipe: Recipe, budget: Budget, folder: Path, cache: str) -> dict[str, float]:
