@@ -140,7 +140,7 @@ def test_make_lists_every_target():
         ),
         (
             ["finetune", "TASK=low_dose", "DATA=my pairs", "DOSE=0.05", "PROMPT=FDG:brain", "PAIRS=9"],
-            '--data.folder "my pairs" --data.dose 0.05 --data.tracer FDG --data.region brain --data.num_scans 9',
+            '--data.folder "my pairs" --data.dose 0.05  --data.tracer FDG --data.region brain  --data.num_scans 9',
         ),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
