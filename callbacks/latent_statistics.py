@@ -16,9 +16,10 @@ from callbacks.export import not_finite
 class LatentStatistics(Callback):
     """When stage 1 ends, measure the latents' mean and standard deviation per channel and store them with the weights.
 
-    So is the weight of the full channel, where the network's constraint is ``weighted``.
+    So are the gain that gives back the power that reconstructions lack and, where the network's constraint
+    is ``weighted``, the weight of the full channel.
 
-    One full pass over the training set; then a pass over the validation set tells whether the standardised latents have
+    Full passes over the training set; then a pass over the validation set tells whether the standardised latents have
     a standard deviation of 1 there too. Must stand after weight averaging and before ``ExportPretrained``.
 
     Args:
@@ -51,12 +52,17 @@ class LatentStatistics(Callback):
         with data.unmixed():  # what stage 2 is to generate; mixtures vary less
             mean, std = self._measure(trainer, pl_module, data.train_dataloader())
         pl_module.autoencoder.set_latent_statistics(mean, std)
-        if pl_module.autoencoder.constraint == "weighted":
-            with data.unmixed():
-                loader = data.train_dataloader()
-                batches = (trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in loader)
-                weight = torch.tensor(pl_module.measure_full_weight(batches), device=pl_module.device)
-            pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
+
+        def batches() -> Iterator[Any]:
+            for batch in data.train_dataloader():
+                yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+        with data.unmixed():
+            if pl_module.autoencoder.constraint == "weighted":
+                weight = torch.tensor(pl_module.measure_full_weight(batches()), device=pl_module.device)
+                pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
+            gain = pl_module.measure_power_gain(batches()).to(pl_module.device)
+            pl_module.autoencoder.set_power_gain(trainer.strategy.reduce(gain, reduce_op="mean"))
         trainer.validating = True  # so that the data module draws as it does in validation
         raw_mean, raw_std = self._measure(trainer, pl_module, data.val_dataloader())
         trainer.training = True

@@ -472,12 +472,14 @@ def test_costs_are_counted(data, slices):
     assert found["resampled"].total == slices.sinogram.numel()
     assert found["resampled"].flops_per_sample == 0
     ldm = LatentDiffusion(
-        vae().autoencoder, Denoiser(2, 0, (8, 16), 1, 1, (False, False), 8), sampling=Sampling(steps=4)
+        vae().autoencoder, Denoiser(2, 0, (8, 16), 1, 1, (False, False), 8), sampling=Sampling(steps=4, guidance=1.0)
     )
     ldm.geometry = GEOMETRY
     cost = sampling_cost(ldm)
     assert cost.calls == 4
     assert cost.flops_per_sample > 4 * cost.flops_per_call > 0
+    ldm.sampling = Sampling(steps=4)  # guided: twice as many
+    assert sampling_cost(ldm).calls == 8
     frozen = sum(value.numel() for part in (ldm.autoencoder.parameters, ldm.autoencoder.buffers) for value in part())
     assert cost.total == cost.trainable + frozen
     for system in (everything(data, slices)["score"], AutoencoderSystem(Autoencoder((8, 16)))):

@@ -23,6 +23,7 @@ from allpet import (
 from allpet.consistency import helgason_ludwig_residual
 from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
+from allpet.power import POINTS, restore_power
 from allpet.randomness import keyed_generator
 from allpet.systems.latent_diffusion import add_counting_noise
 from data_modules import SimulatedPET
@@ -354,7 +355,7 @@ def test_guidance_is_chosen_at_sampling():
     torch.nn.init.normal_(system.denoiser.unet.conv_out.weight, std=0.1)
     prompt = Prompt.of(["FDG:brain"])
     choices = (
-        Sampling("ddim", 4),
+        Sampling("ddim", 4, guidance=1.0),
         Sampling("ddim", 4, guidance=3.0),
         Sampling("ddim", 4, guidance=1.0, region_guidance=3.0),
         Sampling("ddim", 4, guidance=3.0, guidance_interval=(0.2, 0.8)),
@@ -364,6 +365,19 @@ def test_guidance_is_chosen_at_sampling():
         assert all(not torch.allclose(stack, other) for other in stacks[:i])
     never = replace(choices[1], guidance_interval=(0.3, 0.4))
     assert torch.equal(system.sample(prompt, [1], never).stack, stacks[0]), "no time of four lies there"
+
+
+def test_power_is_restored_in_the_sinogram_and_not_in_the_stack():
+    system = stage2(stage1().autoencoder).eval()
+    system.autoencoder.set_power_gain(torch.linspace(1, 2, POINTS))
+    prompt = Prompt.of(["FDG:brain"] * 2)
+    plain, restored = (
+        system.sample(prompt, [0, 1], Sampling(steps=2, restore_power=wanted)) for wanted in (False, True)
+    )
+    torch.testing.assert_close(plain.stack, restored.stack)
+    torch.testing.assert_close(plain.sinogram, plain.stack[:, 1:2])
+    torch.testing.assert_close(restored.sinogram, restore_power(plain.sinogram, system.autoencoder.power_gain))
+    assert not torch.allclose(plain.sinogram, restored.sinogram)
 
 
 def test_views_and_bins_are_chosen_at_sampling():

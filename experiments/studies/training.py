@@ -268,6 +268,12 @@ class Bench:
             real_prompts=batch.prompt,
         )
 
+    def judge_twice(self, fake: Tensor, prompt: Prompt, n: int) -> dict[str, float]:
+        """Return the numbers of ``judge`` and, as ``renoised_NAME``, the distances and spectra among noisy slices."""
+        noisy = self.judge(fake, prompt, 0, noisy=True).numbers
+        kept = {k: value for k, value in noisy.items() if k.startswith(("kid", "sw", "spectrum"))}
+        return self.judge(fake, prompt, n).numbers | {f"renoised_{name}": value for name, value in kept.items()}
+
     def use(self, fake: Tensor, n: int) -> dict[str, float]:
         """Train a small denoiser on generated slices and use it on held-out ones, beside one that saw n real slices."""
         test, train_set = self.held_out.test_set, self.data(n).train_set

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from allpet.consistency import helgason_ludwig_correction
 from allpet.models.layers import Padding, adapt, close_views, moebius_pad
+from allpet.power import POINTS
 from allpet.scaling import Scaling
 
 Constraint = Literal["head", "free", "projected", "weighted"]
@@ -99,6 +100,7 @@ class Autoencoder(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
     full_weight: Tensor
+    power_gain: Tensor
 
     def __init__(
         self,
@@ -172,6 +174,8 @@ class Autoencoder(nn.Module):
         self.register_buffer("full_weight", torch.tensor(2 / 3), persistent=constraint == "weighted")
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
+        self.register_buffer("power_gain", torch.ones(POINTS))
+        self.register_load_state_dict_pre_hook(_without_gain)
 
     def forward(self, stack: Tensor, noise: Tensor | None = None, strip: bool = False) -> tuple[Decoded, Posterior]:
         """Encode and decode a stack in network range.
@@ -265,6 +269,10 @@ class Autoencoder(nn.Module):
             raise ValueError(f"The weight of the full channel is {weight}, but must lie between 0 and 1.")
         self.full_weight.fill_(weight)
 
+    def set_power_gain(self, gain: Tensor) -> None:
+        """Store what ``power.measure_gain`` found; ``LatentDiffusion.sample`` applies it, ``decode`` does not."""
+        self.power_gain.copy_(gain)
+
     def _fill(self, sinogram: Tensor, strip: bool = False) -> Tensor:
         views, bins = sinogram.shape[-2:]
         if self.closed and (strip or views % self.factor):
@@ -316,3 +324,8 @@ class Autoencoder(nn.Module):
     @staticmethod
     def _per_channel(values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1)
+
+
+def _without_gain(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    # folders of earlier versions do not speak of it
+    weights.setdefault(f"{prefix}power_gain", torch.ones(POINTS))

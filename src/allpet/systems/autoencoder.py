@@ -16,6 +16,7 @@ from allpet.losses import hinge_discriminator_loss, kl_divergence, stack_loss, w
 from allpet.metrics import relative_l2
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.discriminator import PatchDiscriminator
+from allpet.power import measure_gain, radial_power
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.randomness import keyed_generator
 from allpet.symmetry import strip
@@ -198,6 +199,16 @@ class AutoencoderSystem(CosineSystem):
         c11, c22, c12 = moments.tolist()
         spread = c11 + c22 - 2 * c12
         return min(max((c22 - c12) / spread, 0.0), 1.0) if spread > 0 else 2 / 3
+
+    @torch.no_grad()
+    def measure_power_gain(self, batches: Iterable[SinogramBatch]) -> Tensor:
+        """Gain per radial frequency that gives reconstructions the power of expected sinograms (``allpet.power``)."""
+        noisy, decoded = [], []
+        for batch in batches:
+            active = batch.sinogram.flatten(1).any(dim=1)
+            noisy.append(radial_power(batch.sinogram[active]))
+            decoded.append(radial_power(self.reconstruct(batch)[active]))
+        return measure_gain(noisy, decoded)
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
         """Write config.json, model.safetensors and README.md, the folder to share."""

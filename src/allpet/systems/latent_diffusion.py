@@ -22,6 +22,7 @@ from allpet.diffusion.schedule import Diffusion
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
+from allpet.power import restore_power
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.prompts import Prompt
@@ -43,8 +44,8 @@ class Sampling:
         sampler: "ddpm" (ancestral), "ddim", "dpm++2m" or "unipc". Fresh noise at every step lets DDPM mend its errors:
             after short trainings its samples are clearly better than the others'. DDIM needs fewer steps, and the last
             two, which are of second order, fewer still: 10 to 20.
-        steps: denoiser calls per sample, 1..1000.
-        guidance: weight of the prompt; 1 is the plain conditional model, 0 ignores the prompt.
+        steps: of the sampler, 1..1000; with guidance two denoiser calls each.
+        guidance: weight of the prompt; 1 is the plain conditional model, 0 ignores the prompt, above 1 exaggerates it.
         region_guidance: weight of the region, where it is to differ; ``guidance`` is then that of the tracer alone
             (three denoiser calls per step).
         guidance_interval: smallest and largest time at which guidance acts, as shares of the last time; guidance in
@@ -54,12 +55,14 @@ class Sampling:
         n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
         counts: expected total counts per sinogram of Poisson noise to add; None returns the expected sinogram.
         batch_size: samples per denoiser call.
-        consistency: how to correct what the decoder gives, see ``consistency.make_consistent``; None leaves it raw.
+        restore_power: whether to give samples the power at short periods that the decoder loses in every slice
+            (``allpet.power``).
+        consistency: how to correct what comes out, see ``consistency.make_consistent``; None leaves it raw.
     """
 
     sampler: SamplerName = "ddpm"
-    steps: int = 100
-    guidance: float = 1.0
+    steps: int = 50
+    guidance: float = 1.5
     region_guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     eta: float = 0.0
@@ -67,6 +70,7 @@ class Sampling:
     n_bins: int | None = None
     counts: float | None = None
     batch_size: int = 64
+    restore_power: bool = True
     consistency: Correction | None = None
 
     def __post_init__(self) -> None:
@@ -351,6 +355,10 @@ class LatentDiffusion(LatentSystem):
         stack = self.autoencoder.scaling.inverse(torch.cat(stacks))
         geometry = sampling.geometry(self.geometry)
         sinogram = stack[:, 1:2]
+        if sampling.restore_power:
+            gain = self.autoencoder.power_gain
+            assert isinstance(gain, Tensor)
+            sinogram = restore_power(sinogram, gain)
         if sampling.consistency is not None:
             sinogram = make_consistent(sinogram, Radon(self.geometry), sampling.consistency)
         if geometry != self.geometry:
