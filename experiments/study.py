@@ -169,12 +169,15 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     if options.study == "few_shot":
         more["summary"] = few_shot.summary(outcome)
         more["data_efficiency"] = few_shot.data_efficiency(bench, folder, outcome)
-        conclusions.append(more["data_efficiency"]["said"])
+        more["contributions"] = few_shot.contributions(outcome)
+        conclusions += [more["data_efficiency"]["said"], few_shot.said(more["contributions"])]
     else:
         shown = {"steps": steps.SHOWN, "compute": compute.SHOWN, "baselines": baselines.SHOWN}[options.study]
         more["summary"] = summary(options.study, outcome.done, shown)
     if options.study == "steps":
         conclusions.append(steps.conclusion(outcome.done))
+    if options.study == "baselines":
+        conclusions.append(baselines.conclusion(outcome.done))
     if outcome.not_run:
         conclusions.append(f"Not run: {', '.join(outcome.not_run)}.")
     more["remarks"] = " ".join([REMARKS[options.study], *conclusions])

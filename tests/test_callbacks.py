@@ -235,7 +235,7 @@ def test_the_power_that_reconstructions_lack_is_stored(tmp_path):
     batch = data.augment(data.train_set[list(range(len(data.train_set)))], epoch=trainer.current_epoch)
     gain = system.eval().measure_power_gain([batch])
     torch.testing.assert_close(system.autoencoder.power_gain, gain, atol=1e-3, rtol=0)
-    assert float(system.autoencoder.power_gain.max()) > 1.5, "after four steps hardly any detail comes through"
+    assert float(system.autoencoder.power_gain.max()) > 1.2, "after four steps hardly any detail comes through"
 
 
 def test_latent_statistics_of_stage_2_are_refused(tmp_path):

@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from allpet.evaluation.suite import Evaluation, Spectrum
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from studies import few_shot
-from studies.rows import Row, collect, run_rows
-from studies.training import HERE, Budget, Recipe, batch_size
+from studies import baselines, few_shot
+from studies.rows import Outcome, Row, collect, run_rows
+from studies.training import HERE, Budget, Recipe, batch_size, power
 
 
 def counting(calls: list[str], name: str):
@@ -111,3 +114,77 @@ def test_a_missing_row_is_said_to_be_missing(tmp_path):
     lines = few_shot.summary(outcome)
     assert lines[0]["kid_conv"] == "0.1"
     assert lines[-1]["augmentation"] == "real slices (floor)"
+
+
+# ------------------------------------------------------------------------------------------------------- conclusions
+
+JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "copy_rate", "prompt_obeyed")
+
+
+def judged(n, name, seed, error=0.01, **numbers):
+    values = dict.fromkeys(JUDGED, 0.5) | numbers
+    return {"n": n, "augmentation": name, "seed": seed, **values, **{f"{k}_std": error for k in JUDGED}}
+
+
+def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
+    rows = [
+        judged(
+            n, name, seed, kid_conv=0.1 + 0.01 * seed + 0.1 * (name == "nothing"), coverage_conv=0.5 + 0.1 * (n > 100)
+        )
+        for n in (100, 500)
+        for seed in (0, 1)
+        for name in ("nothing", "masks")
+    ]
+    rows.append(judged(500, "symmetries", 2, kid_conv=0.3))  # nothing to be compared with
+    lines = {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
+    assert lines["RMAS with DMM"]["pairs"] == 4
+    assert lines["RMAS with DMM"]["kid_conv"].startswith("-0.1 ")
+    assert "better" in lines["RMAS with DMM"]["kid_conv"]
+    assert "no difference" in lines["RMAS with DMM"]["coverage_conv"]
+    assert lines["Symmetries"]["pairs"] == 0
+    text = few_shot.said(list(lines.values()))
+    assert "RMAS with DMM (4 pairs of rows)" in text
+    assert "Symmetries" not in text
+
+
+def test_one_pair_is_judged_by_its_own_errors():
+    def word(error):
+        rows = [judged(500, "both", 0, error, coverage_conv=0.4), judged(500, "binary", 0, error, coverage_conv=0.5)]
+        lines = {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
+        return lines["Soft masks instead of binary ones"]["coverage_conv"]
+
+    assert "worse" in word(0.01)
+    assert "no difference" in word(0.1)
+
+
+def baseline(method, **numbers):
+    looks = ["raw", "bow_tie", "helgason_ludwig", "reproject", "96x168", "180x128", "256x400"]
+    names = ("row_sum_cv", "centre_residual", "hl_residual")
+    values = dict.fromkeys(names, 0.001) | {f"{name}_{look}": 0.001 for name in names for look in looks}
+    values |= {"power_min_30mm": 0.9, "power_max_30mm": 1.1, "power_min_20mm": 0.6, "power_max_20mm": 1.1}
+    values |= {"kid_conv": 0.01, "sw_conv": 0.2, "copy_rate": 0.0, "prompt_obeyed": 0.96}
+    values |= {"open_distance": 0.1, "open_limit": 0.2}
+    return {"method": method, "seed": 0, **values, **numbers}
+
+
+def test_limits_and_baselines_are_read_from_the_rows():
+    rows = [baseline("ours"), baseline("gan", kid_conv=0.3, sw_conv=0.1), baseline("score", hl_residual=0.0001)]
+    said = baselines.conclusion(rows)
+    assert "prompt_obeyed 0.96 (at least 0.95: holds)" in said
+    assert "kid_conv is lower than that of gan; not than that of score." in said
+    assert "sw_conv is lower than that of none; not than that of gan, score." in said
+    assert "score is as consistent or more so in row_sum_cv, centre_residual, hl_residual." in said
+    assert "96x168 0.001 (at most 0.01: holds)" in said
+    rows[0] |= {"power_min_20mm": 0.4, "hl_residual_256x400": 0.02}
+    said = baselines.conclusion(rows)
+    assert "power_min_20mm 0.4 (at least 0.5: does not hold)" in said
+    assert "0.02 (at most 0.012: does not hold)" in said
+    assert baselines.conclusion(rows[1:]) == "Ours was not run."
+
+
+def test_power_is_that_of_whole_sets():
+    frequency = torch.tensor([0.0, 1 / 60, 1 / 30, 1 / 25, 1 / 15])
+    spectrum = Spectrum(frequency, torch.ones(5), torch.tensor([9, 0.9, 1.1, 0.5, 0.1]))
+    found = Evaluation({}, {"image": spectrum}, *[None] * 3)
+    expected = {"power_min_30mm": 0.9, "power_max_30mm": 1.1, "power_min_20mm": 0.5, "power_max_20mm": 1.1}
+    assert power(found) == pytest.approx(expected)

@@ -49,7 +49,8 @@ SHOWN = (
     "sw_conv",
     "energy_distance",
     "coverage_conv",
-    "spectrum_image_30mm",
+    "power_min_30mm",
+    "power_min_20mm",
     "row_sum_cv",
     "centre_residual",
     "hl_residual",
@@ -130,6 +131,70 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
             | {name: f"{mean(values):.3g}" for name, values in floor.items() if values}
         )
     return lines
+
+
+INGREDIENTS: dict[str, list[tuple[str, str]]] = {
+    "RMAS with DMM": [("masks", "nothing"), ("both", "symmetries")],
+    "Symmetries": [("symmetries", "nothing"), ("both", "masks")],
+    "Three channels (masks empty) instead of one": [("symmetries", "one_channel")],
+    "DMM instead of a fixed count": [("both", "fixed_count")],
+    "Soft masks instead of binary ones": [("both", "binary")],
+    "Masks of the sinogram instead of the image": [("both", "image_masks")],
+    "The constraint as decoder head instead of loss only": [("both", "free")],
+    "The head instead of projection": [("both", "projected")],
+    "The head instead of the weighted mean": [("both", "weighted")],
+    "The range layer": [("both", "no_range_layer")],
+    "Symmetries in stage 2, too": [("conditioned", "both")],
+    "The linear start": [("linear_start", "both")],
+}
+"""What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
+
+
+def contributions(outcome: Outcome) -> list[dict[str, Any]]:
+    """Say what each ingredient brings: the mean difference, with minus without it, over all n and seeds run both ways.
+
+    The error is that of the mean over seeds and n where there are three pairs or more, else it comes from the rows' own
+    standard errors. Differences below twice their error are told apart from nothing by no one.
+    """
+    rows = {(row["n"], row["augmentation"], row["seed"]): row for row in outcome.done}
+    lines = []
+    for ingredient, kinds in INGREDIENTS.items():
+        pairs = [
+            (row, rows[n, without, seed])
+            for has, without in kinds
+            for (n, name, seed), row in rows.items()
+            if name == has and (n, without, seed) in rows
+        ]
+        if not pairs:
+            lines.append({"ingredient": ingredient, "pairs": 0})
+            continue
+        line: dict[str, Any] = {"ingredient": ingredient, "pairs": len(pairs)}
+        for number in ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "copy_rate", "prompt_obeyed"):
+            differences = [a[number] - b[number] for a, b in pairs]
+            errors = [(a[f"{number}_std"] ** 2 + b[f"{number}_std"] ** 2) ** 0.5 for a, b in pairs]
+            middle = mean(differences)
+            error = (
+                stdev(differences) / len(pairs) ** 0.5
+                if len(pairs) > 2
+                else sum(e**2 for e in errors) ** 0.5 / len(pairs)
+            )
+            good = (middle > 0) == (number in ("coverage_conv", "prompt_obeyed"))
+            word = "no difference" if abs(middle) <= 2 * error else "better" if good else "worse"
+            line[number] = f"{middle:+.3g} ± {error:.2g} ({word})"
+        lines.append(line)
+    return lines
+
+
+def said(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the contributions in sentences."""
+    parts = []
+    for line in lines:
+        if not line["pairs"]:
+            continue
+        several = "s" if line["pairs"] > 1 else ""
+        numbers = "; ".join(f"{name} {value}" for name, value in line.items() if name not in ("ingredient", "pairs"))
+        parts.append(f"{line['ingredient']} ({line['pairs']} pair{several} of rows): {numbers}.")
+    return " ".join(parts)
 
 
 def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:

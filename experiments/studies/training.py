@@ -269,10 +269,12 @@ class Bench:
         )
 
     def judge_twice(self, fake: Tensor, prompt: Prompt, n: int) -> dict[str, float]:
-        """Return the numbers of ``judge`` and, as ``renoised_NAME``, the distances and spectra among noisy slices."""
-        noisy = self.judge(fake, prompt, 0, noisy=True).numbers
-        kept = {k: value for k, value in noisy.items() if k.startswith(("kid", "sw", "spectrum"))}
-        return self.judge(fake, prompt, n).numbers | {f"renoised_{name}": value for name, value in kept.items()}
+        """Return the numbers of ``judge``, those of ``power`` and, as ``renoised_NAME``, those among noisy slices."""
+        noisy = self.judge(fake, prompt, 0, noisy=True)
+        kept = {name: value for name, value in noisy.numbers.items() if name.startswith(("kid", "sw", "spectrum"))}
+        kept |= power(noisy)
+        expected = self.judge(fake, prompt, n)
+        return expected.numbers | power(expected) | {f"renoised_{name}": value for name, value in kept.items()}
 
     def use(self, fake: Tensor, n: int) -> dict[str, float]:
         """Train a small denoiser on generated slices and use it on held-out ones, beside one that saw n real slices."""
@@ -280,6 +282,18 @@ class Bench:
         held_out, known = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
         found = denoising_utility(fake, known.expected, held_out.sinogram, held_out.expected)
         return {f"utility_{name}": value for name, value in found._asdict().items()}
+
+
+def power(found: Evaluation) -> dict[str, float]:
+    """Return the least and the largest power of the images over real ones down to each of two periods, whole sets.
+
+    The halves that ``evaluate`` compares differ by the chance of which patients they hold: down to 30 mm real ones by
+    a factor of 2 at the worst frequency.
+    """
+    frequency, real, fake = found.spectra["image"]
+    ratio = fake / real
+    shown = {f"{period}mm": ratio[(frequency > 0) & (frequency <= 1 / period + 1e-9)] for period in (30, 20)}
+    return {f"power_{name}_{k}": float(getattr(v, name)()) for k, v in shown.items() for name in ("min", "max")}
 
 
 def renoise(expected: Tensor, noisy: Tensor, truth: Tensor) -> Tensor:
