@@ -32,7 +32,7 @@ from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
 from data_modules import SimulatedPET
 
 KINDS = ("expected", "noisy", "reconstructed", "generated")
-# More steps do not improve samples of so short a training; guidance of 2 sharpens them, but costs diversity.
+# Fresh noise at every step lets DDPM mend the errors of so short a training; more steps improve nothing.
 SAMPLING = Sampling("ddpm", steps=50)
 NUMBERS = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
 
