@@ -18,7 +18,7 @@ from torch import Tensor
 import allpet
 from allpet import LatentDiffusion, ParallelBeam, Prompt, Radon, fbp
 from allpet.systems.baselines.base import SinogramGenerator
-from allpet.systems.latent_diffusion import Samples
+from allpet.systems.sampling import Samples
 from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
 
 _ROWS = 64  # joined at a time

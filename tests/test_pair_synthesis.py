@@ -17,10 +17,10 @@ from allpet.prompts import TRACERS
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.systems.latent_bridge import LatentBridge
-from allpet.systems.latent_diffusion import Sampling, add_counting_noise
 from allpet.systems.pair_synthesis import FIRST_ID, measure_noise, synthesise_pairs
 from allpet.systems.paired import PairedSampling
 from allpet.systems.prior_restoration import PriorRestoration, noise_variance
+from allpet.systems.sampling import Sampling, add_counting_noise
 from data_modules import PairedMix, PairedTask
 from data_modules.paired_mix import MixedPairs
 from data_modules.paired_set import PairedSet, ReversedPairs, read_pairs, write_pairs

@@ -25,7 +25,7 @@ from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.power import POINTS, restore_power
 from allpet.randomness import keyed_generator
-from allpet.systems.latent_diffusion import add_counting_noise
+from allpet.systems.sampling import add_counting_noise
 from data_modules import SimulatedPET
 
 GEOMETRY = ParallelBeam(16, 20, 21.6, 20, 21.6)

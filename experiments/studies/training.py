@@ -25,7 +25,7 @@ from allpet.evaluation.utility import denoising_utility
 from allpet.privacy import with_home
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
-from allpet.systems.latent_diffusion import Samples, add_counting_noise
+from allpet.systems.sampling import Samples, add_counting_noise
 from data_modules import SimulatedPET, SinogramDataModule
 from data_modules.simulated import PAPER_PROMPTS
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from allpet.batches import unmasked_stack
 from allpet.models.autoencoder import Decoded
+from allpet.power import POINTS
 from allpet.scaling import Scaling
 
 
@@ -18,12 +19,14 @@ class PixelSpace(nn.Module):
     The scale is set when a training starts, from the data.
     """
 
+    power_gain: Tensor
     latent_channels, factor = 1, 1
 
     def __init__(self) -> None:
         super().__init__()
         self.config: dict[str, Any] = {}
         self.scaling = Scaling()
+        self.register_buffer("power_gain", torch.ones(POINTS), persistent=False)  # nothing is lost
 
     def latent_shape(self, views: int, bins: int) -> tuple[int, int, int]:
         """``(channels, rows, columns)``."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,111 +13,23 @@ from tqdm.auto import tqdm
 
 from allpet.augmentation import SymmetryAugmentation, SymmetryParameters
 from allpet.batches import PromptBatch, SinogramBatch
-from allpet.consistency import Correction, make_consistent
 from allpet.diffusion.guidance import drop_prompt, guide
 from allpet.diffusion.linear_denoiser import LinearDenoiser
-from allpet.diffusion.samplers import SAMPLERS, SamplerName, StepCallback, draw_samples
+from allpet.diffusion.samplers import StepCallback, draw_samples
 from allpet.diffusion.schedule import Diffusion
 from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
-from allpet.power import restore_power
 from allpet.pretrained import building, load_pretrained, save_pretrained
-from allpet.projector import Radon
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
-from allpet.symmetry import resample
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName, check_label, log_mean
 from allpet.systems.latents import Aside, LatentSystem
+from allpet.systems.sampling import Samples, Sampling, finish
 
 _FITTED = 2000
 """Most training slices, evenly spread, that the linear denoiser is fitted to."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample.
-
-    Args:
-        sampler: "ddpm" (ancestral), "ddim", "dpm++2m" or "unipc". Fresh noise at every step lets DDPM mend its errors:
-            after short trainings its samples are clearly better than the others'. DDIM needs fewer steps, and the last
-            two, which are of second order, fewer still: 10 to 20.
-        steps: of the sampler, 1..1000; with guidance two denoiser calls each.
-        guidance: weight of the prompt; 1 is the plain conditional model, 0 ignores the prompt, above 1 exaggerates it.
-        region_guidance: weight of the region, where it is to differ; ``guidance`` is then that of the tracer alone
-            (three denoiser calls per step).
-        guidance_interval: smallest and largest time at which guidance acts, as shares of the last time; guidance in
-            the middle alone, such as (0.2, 0.8), costs less variety and fewer calls.
-        eta: DDIM's share of fresh noise per step.
-        n_views: views of the sinogram to return; None keeps the training geometry's.
-        n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
-        counts: expected total counts per sinogram of Poisson noise to add; None returns the expected sinogram.
-        batch_size: samples per denoiser call.
-        restore_power: whether to give samples the power at short periods that the decoder loses in every slice
-            (``allpet.power``).
-        consistency: how to correct what comes out, see ``consistency.make_consistent``; None leaves it raw.
-    """
-
-    sampler: SamplerName = "ddpm"
-    steps: int = 50
-    guidance: float = 1.5
-    region_guidance: float | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    eta: float = 0.0
-    n_views: int | None = None
-    n_bins: int | None = None
-    counts: float | None = None
-    batch_size: int = 64
-    restore_power: bool = True
-    consistency: Correction | None = None
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}, but must be one of {', '.join(SAMPLERS)}.")
-        for name in ("steps", "batch_size", "n_views", "n_bins"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"guidance_interval is {(low, high)}, but must be (smallest, largest) share of the last time, 0..1."
-            )
-        if self.consistency is not None and self.consistency not in get_args(Correction):
-            raise ValueError(
-                f"consistency is {self.consistency!r}, but must be one of {', '.join(get_args(Correction))}, or null."
-            )
-        if self.counts is not None and not self.counts > 0:
-            raise ValueError(f"counts is {self.counts}, but must be positive: leave it out for noise-free sinograms.")
-
-    def geometry(self, trained: ParallelBeam) -> ParallelBeam:
-        """Return the geometry of the samples: the trained one with other numbers of views and bins, if asked for."""
-        n_bins = self.n_bins or trained.n_bins
-        return replace(
-            trained,
-            n_views=self.n_views or trained.n_views,
-            n_bins=n_bins,
-            bin_mm=trained.bin_mm * trained.n_bins / n_bins,
-        )
-
-
-class Samples(NamedTuple):
-    """Generated sinograms.
-
-    Attributes:
-        sinogram: ``(batch, 1, views, bins)`` in the data set's units, on ``geometry``.
-        stack: [positive, full, negative] as decoded, on the training geometry and without noise.
-        prompt: what was asked for.
-        seed: seed of each sample, ``(batch,)``.
-        geometry: where the views and bins of ``sinogram`` lie.
-    """
-
-    sinogram: Tensor
-    stack: Tensor
-    prompt: Prompt
-    seed: Tensor
-    geometry: ParallelBeam
 
 
 class _Aside(Aside):
@@ -182,7 +93,7 @@ class LatentDiffusion(LatentSystem):
         latent_views: int = 0,
         linear_rank: int = 0,
         linear_turned: int = 8,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate, warmup_steps, weight_decay, optimizer, others_factor)
@@ -354,17 +265,7 @@ class LatentDiffusion(LatentSystem):
         ]
         stack = self.autoencoder.scaling.inverse(torch.cat(stacks))
         geometry = sampling.geometry(self.geometry)
-        sinogram = stack[:, 1:2]
-        if sampling.restore_power:
-            gain = self.autoencoder.power_gain
-            assert isinstance(gain, Tensor)
-            sinogram = restore_power(sinogram, gain)
-        if sampling.consistency is not None:
-            sinogram = make_consistent(sinogram, Radon(self.geometry), sampling.consistency)
-        if geometry != self.geometry:
-            sinogram = resample(sinogram, self.geometry, geometry)
-        if sampling.counts is not None:
-            sinogram = add_counting_noise(sinogram, sampling.counts, [keyed_generator(s, "counts") for s in seeds])
+        sinogram = finish(stack[:, 1:2], self.geometry, sampling, self.autoencoder.power_gain, seeds)
         return Samples(sinogram, stack, prompt, torch.tensor(list(seeds)), geometry)
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
@@ -384,7 +285,7 @@ class LatentDiffusion(LatentSystem):
         save_pretrained(folder, config, weights, card)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, sampling: Sampling = Sampling()) -> LatentDiffusion:
+    def from_pretrained(cls, folder: str | Path, sampling: Sampling = Sampling()) -> LatentDiffusion:  # noqa: B008
         """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
         config, weights = load_pretrained(folder, "LatentDiffusion")
         with building(folder):
@@ -456,21 +357,3 @@ class LatentDiffusion(LatentSystem):
             )
         latent = draw_samples(sampling.sampler, **arguments, eta=sampling.eta)
         return self.autoencoder.decode(latent, shape).stack
-
-
-def add_counting_noise(sinogram: Tensor, counts: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """Replace expected sinograms by Poisson realisations with a given expected total, kept in their own units.
-
-    Args:
-        sinogram: ``(batch, 1, views, bins)``; negative values, which resampling leaves at sharp edges, count as zero.
-        counts: expected total counts of each sinogram.
-        generators: one CPU generator per sinogram.
-
-    Returns:
-        the same shape; its expectation is the non-negative part of the input.
-    """
-    noisy = []
-    for expected, generator in zip(sinogram.clamp(min=0).cpu(), generators, strict=True):
-        per_count = expected.sum().clamp(min=1e-12) / counts
-        noisy.append(torch.poisson(expected / per_count, generator=generator) * per_count)
-    return torch.stack(noisy).to(sinogram)

@@ -23,9 +23,10 @@ from allpet.geometry import ParallelBeam
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, PairedBatch
-from allpet.systems.latent_diffusion import LatentDiffusion, Sampling, add_counting_noise
+from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.paired import PairedSystem
 from allpet.systems.prior_restoration import noise_variance
+from allpet.systems.sampling import Sampling, add_counting_noise
 
 PHYSICS = ("low_dose",)
 """Tasks whose inputs need no reverse model."""

@@ -15,7 +15,7 @@ from allpet.geometry import ParallelBeam
 from allpet.prompts import Prompt
 from allpet.scaling import Scaling
 from allpet.systems.base import CosineSystem, check_label
-from allpet.systems.latent_diffusion import Samples
+from allpet.systems.sampling import Samples
 
 
 class SinogramGenerator(ABC):
