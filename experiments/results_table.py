@@ -4,7 +4,7 @@
 
 Every ``experiments/results/NAME.json`` is a report (``allpet.reports``) that a command left in ``outputs/reports`` and
 somebody copied here; its ``title`` and ``remarks``, if any, stand above its table: the ``summary`` if it has one, else
-its rows. ``--check`` writes nothing and fails where the page is not what the results say.
+its rows; ``tables``, by title, follow. ``--check`` writes nothing and fails where the page is not what the results say.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def page(folder: Path) -> str:
             parts.append(f"{report['remarks']}\n")
         parts.append(f"`{report['command']}`\n\nSeeds {seeds}; {where}; {report['date'][:10]}; {versions}.\n")
         parts.append(table(report.get("summary", report["rows"])) + "\n")
+        parts += [f"{title}:\n\n{table(rows)}\n" for title, rows in report.get("tables", {}).items()]
         for picture in sorted(folder.glob(f"{path.stem}*.png")):
             parts.append(f"![{picture.stem}](results/{picture.name})\n")
     return "\n".join(parts)

@@ -143,7 +143,7 @@ def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
     assert "no difference" in lines["RMAS with DMM"]["coverage_conv"]
     assert lines["Symmetries"]["pairs"] == 0
     text = few_shot.said(list(lines.values()))
-    assert "RMAS with DMM (4 pairs of rows)" in text
+    assert "RMAS with DMM: better in kid_conv." in text
     assert "Symmetries" not in text
 
 

@@ -186,15 +186,24 @@ def contributions(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def said(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the contributions in sentences."""
+    """Return the directions in sentences."""
     parts = []
     for line in lines:
-        if not line["pairs"]:
-            continue
-        several = "s" if line["pairs"] > 1 else ""
-        numbers = "; ".join(f"{name} {value}" for name, value in line.items() if name not in ("ingredient", "pairs"))
-        parts.append(f"{line['ingredient']} ({line['pairs']} pair{several} of rows): {numbers}.")
+        numbers = {name: str(value) for name, value in line.items() if name not in ("ingredient", "pairs")}
+        words = {word: [n for n, value in numbers.items() if f"({word})" in value] for word in ("better", "worse")}
+        found = [f"{word} in {', '.join(names)}" for word, names in words.items() if names]
+        if numbers:
+            parts.append(f"{line['ingredient']}: {'; '.join(found) or 'no difference to be told from chance'}.")
     return " ".join(parts)
+
+
+def renoised(outcome: Outcome, by: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one line per setting of samples with counting noise against noisy slices, means over seeds."""
+    names = ("renoised_kid_conv", "renoised_sw_conv", "renoised_power_min_30mm", "renoised_power_max_30mm")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in outcome.done:
+        groups.setdefault(tuple(row[key] for key in by), []).append(row)
+    return [dict(zip(by, key, strict=True)) | spread(group, names) for key, group in groups.items()]
 
 
 def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:
