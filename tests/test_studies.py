@@ -81,6 +81,9 @@ def test_recipes_change_what_they_name_and_nothing_else():
     assert words(symmetries=False) ^ base == {"--data.symmetry=null"}
     assert {Path(word).name for word in words(linear=True) - base} == {"linear_start.yaml", "--model.linear_turned=8"}
     assert "--data.augmentation=null" in words(masks=False)
+    seams = {"--model.autoencoder.padding=moebius", "--model.autoencoder.seam=0"}
+    assert words(padding="moebius") - base == seams
+    assert words(seam=False) - base == {"--model.autoencoder.padding=zero", "--model.autoencoder.seam=0"}
 
 
 def test_batches_are_those_of_the_scale_that_a_recipe_names(tmp_path):
@@ -118,7 +121,7 @@ def test_a_missing_row_is_said_to_be_missing(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- conclusions
 
-JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "copy_rate", "prompt_obeyed")
+JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "seam_jump", "copy_rate", "prompt_obeyed")
 
 
 def judged(n, name, seed, error=0.01, **numbers):

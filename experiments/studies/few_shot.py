@@ -4,7 +4,8 @@ All rows train the same networks for the same number of steps; ``nothing`` has n
 RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both. At n = 500 single ingredients of
 ``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage
 2, too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft
-masks, masks of the image instead of the sinogram, and the three other forms of the constraint.
+masks, masks of the image instead of the sinogram, the three other forms of the constraint, and what convolutions see
+beyond the half turn: zeros, or its flipped continuation in every layer, instead of a seam that is cropped in the end.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "free": {"constraint": "free"},
     "projected": {"constraint": "projected"},
     "weighted": {"constraint": "weighted"},
+    "no_seam": {"seam": False},
+    "moebius": {"padding": "moebius"},
 }
 SHOWN = (
     "kid_conv",
@@ -146,6 +149,8 @@ INGREDIENTS: dict[str, list[tuple[str, str]]] = {
     "The range layer": [("both", "no_range_layer")],
     "Symmetries in stage 2, too": [("conditioned", "both")],
     "The linear start": [("linear_start", "both")],
+    "A seam, cropped, instead of zeros beyond the half turn": [("both", "no_seam")],
+    "The seam instead of continued layers": [("both", "moebius")],
 }
 """What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
 
@@ -169,7 +174,15 @@ def contributions(outcome: Outcome) -> list[dict[str, Any]]:
             lines.append({"ingredient": ingredient, "pairs": 0})
             continue
         line: dict[str, Any] = {"ingredient": ingredient, "pairs": len(pairs)}
-        for number in ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "copy_rate", "prompt_obeyed"):
+        for number in (
+            "kid_conv",
+            "sw_conv",
+            "coverage_conv",
+            "hl_residual",
+            "seam_jump",
+            "copy_rate",
+            "prompt_obeyed",
+        ):
             differences = [a[number] - b[number] for a, b in pairs]
             errors = [(a[f"{number}_std"] ** 2 + b[f"{number}_std"] ** 2) ** 0.5 for a, b in pairs]
             middle = mean(differences)

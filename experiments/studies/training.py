@@ -64,6 +64,8 @@ class Recipe:
         stack_channels: 3, or 1 for a network that knows the full channel alone.
         constraint: see ``Autoencoder``.
         range_order: see ``Autoencoder``; None for a decoder without the range layer.
+        padding: see ``Autoencoder``; all but "zero" do without a seam.
+        seam: whether a stack of views beyond the half turn is encoded with it.
         prompts: what is simulated.
         scale: name of a file in experiments/scale, or the path of another, ending in .yaml.
     """
@@ -80,6 +82,8 @@ class Recipe:
     stack_channels: int = 3
     constraint: str = "head"
     range_order: int | None = 20
+    padding: str = "zero"
+    seam: bool = True
     prompts: tuple[str, ...] = PAPER_PROMPTS
     scale: str = "laptop"
 
@@ -117,6 +121,8 @@ class Recipe:
                 f"--model.autoencoder.constraint={self.constraint}",
                 f"--model.autoencoder.range_order={'null' if self.range_order is None else self.range_order}",
             ]
+            if self.padding != "zero" or not self.seam:
+                words += [f"--model.autoencoder.padding={self.padding}", "--model.autoencoder.seam=0"]
             if not self.symmetries:
                 words.append("--data.symmetry=null")
         else:
