@@ -121,12 +121,10 @@ def test_a_missing_row_is_said_to_be_missing(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- conclusions
 
-JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "seam_jump", "copy_rate", "prompt_obeyed")
-
 
 def judged(n, name, seed, error=0.01, **numbers):
-    values = dict.fromkeys(JUDGED, 0.5) | numbers
-    return {"n": n, "augmentation": name, "seed": seed, **values, **{f"{k}_std": error for k in JUDGED}}
+    values = dict.fromkeys(few_shot.JUDGED, 0.5) | numbers
+    return {"n": n, "augmentation": name, "seed": seed, **values, **{f"{k}_std": error for k in few_shot.JUDGED}}
 
 
 def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():

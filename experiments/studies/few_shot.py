@@ -155,6 +155,9 @@ INGREDIENTS: dict[str, list[tuple[str, str]]] = {
 """What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
 
 
+JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "seam_jump", "copy_rate", "prompt_obeyed")
+
+
 def contributions(outcome: Outcome) -> list[dict[str, Any]]:
     """Say what each ingredient brings: the mean difference, with minus without it, over all n and seeds run both ways.
 
