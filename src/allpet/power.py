@@ -7,6 +7,10 @@ power, is the noise's at all frequencies, and the rest is the expected sinograms
 power of reconstructions is a gain for each radial frequency. Applied to every view alike it is the convolution of the
 image with a radially symmetric kernel (projection-slice theorem): consistent sinograms stay consistent.
 
+Noise is white as long as bins are independent, whatever their variances: corrections for attenuation or detectors do no
+harm. Interpolated or smoothed sinograms have less noise at high frequencies than elsewhere, some of which then counts
+as theirs; the gain gives samples at most the power of the noisy slices.
+
 A gain is kept at ``POINTS`` frequencies from 0 to the Nyquist frequency of the bins, whatever their number.
 """
 
