@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import allpet
 from allpet import cli
-from allpet.cli import main
+from allpet.cli import main, with_nulls
 
 HERE = Path(__file__).parent
 SAMPLE = ["predict", "-c", str(HERE.parent / "experiments" / "sample.yaml")]
@@ -346,6 +346,36 @@ def test_print_config_prints_what_would_run(capsys):
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["init_args"]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("null", ["null", "None", "~"])
+def test_what_lies_deep_in_a_model_can_be_set_to_null(null, capsys):
+    words = ["--model.autoencoder.channels=[4,8]", f"--model.autoencoder.range_order={null}"]
+    words += ["--model.autoencoder.init_args.range_order", null, "--model.autoencoder.patch", "2", "--print_config"]
+    with pytest.raises(SystemExit) as stop:
+        main([*VAE, "--model.autoencoder.range_order=3", *words])
+    assert stop.value.code == 0
+    network = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["autoencoder"]["init_args"]
+    assert network["range_order"] is None
+    assert network["channels"] == [4, 8]
+    assert network["patch"] == 2
+
+
+def test_only_deep_nulls_are_spelled_anew():
+    words = [
+        "fit",
+        "--data.symmetry=null",
+        "--model.a.b=0",
+        "--trainer.logger=null",
+        "--model.a.b",
+        "1",
+        "--model.a.b.c",
+    ]
+    assert with_nulls(words) == words
+    assert with_nulls(["--model.a.b.c=null", "--data.x.y", "null"]) == [
+        "--model.a={b: {c: null}}",
+        "--data.x={y: null}",
+    ]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["predict", "--help"]])

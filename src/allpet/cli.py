@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -41,13 +42,41 @@ from allpet.run_files import AtomicCheckpointIO, RunCSVLogger, on_the_disk, trim
 
 # Tells the processes that the first one launches which run they share.
 _SHARED_RUN = "ALLPET_RUN_FOLDER"
+_NULL = ("null", "None", "~")
 _NO_NAME = "Several processes were started from outside: name their common run with --run.name=NAME."
 
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args``, a list of words, takes the place of the shell's."""
     prepare()
-    AllpetCLI(args)
+    words = sys.argv[1:] if args is None else args
+    AllpetCLI(with_nulls(words) if isinstance(words, list) else words)
+
+
+def with_nulls(words: list[str]) -> list[str]:
+    """Spell ``--model.a.b=null`` as ``--model.a={b: null}``.
+
+    jsonargparse hands values further down as text, and None becomes "None" (4.53, adapt_class_type).
+
+    Args:
+        words: of a command line.
+    """
+    spelled: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.partition("=")
+        path = [part for part in key.split(".") if part != "init_args"]
+        if path[0] not in ("--model", "--data") or len(path) < 3:
+            spelled.append(word)
+            continue
+        given = [word] if equals else [word, *([following] if (following := next(rest, None)) is not None else [])]
+        if (value if equals else given[-1]) in _NULL:
+            inner = "null"
+            for part in reversed(path[2:]):
+                inner = f"{{{part}: {inner}}}"
+            given = [f"{path[0]}.{path[1]}={inner}"]
+        spelled += given
+    return spelled
 
 
 def prepare() -> None:
