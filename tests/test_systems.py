@@ -20,6 +20,7 @@ from allpet import (
     Sampling,
     SymmetryAugmentation,
 )
+from allpet.batches import unmasked_stack
 from allpet.consistency import helgason_ludwig_residual
 from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
@@ -54,8 +55,8 @@ def data() -> SimulatedPET:
     return module
 
 
-def stage1(**changes) -> AutoencoderSystem:
-    autoencoder = Autoencoder(channels=(16, 32), latent_channels=4, patch=2)
+def stage1(stack_channels: int = 3, **changes) -> AutoencoderSystem:
+    autoencoder = Autoencoder(channels=(16, 32), latent_channels=4, patch=2, stack_channels=stack_channels)
     return AutoencoderSystem(autoencoder, **{"warmup_steps": 2, "learning_rate": 3e-3, **changes})
 
 
@@ -94,14 +95,23 @@ def one_batch(data: SimulatedPET):
     return data.augment(next(iter(data.val_dataloader())))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stage_1_learns_to_reconstruct(optimizer, data):
-    system = stage1(optimizer=optimizer)
+@pytest.mark.parametrize(("optimizer", "stack_channels"), [("adamw", 3), ("muon", 3), ("adamw", 1)])
+def test_stage_1_learns_to_reconstruct(optimizer, stack_channels, data):
+    system = stage1(stack_channels, optimizer=optimizer)
     batch = one_batch(data)
     before = (system.reconstruct(batch) - batch.expected).norm()
     trainer(max_steps=60).fit(system, datamodule=data)
     assert (system.reconstruct(batch) - batch.expected).norm() < 0.5 * before
     assert float(system.autoencoder.scaling.scale) == pytest.approx(data.scale)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_one_channel_loses_nothing_to_masks_that_it_does_not_know(masked, data):
+    system = stage1(stack_channels=1, mask_weight=1.0)
+    batch = one_batch(data) if masked else next(iter(data.val_dataloader()))
+    target = batch.as_stack() / data.scale
+    full = unmasked_stack(target[:, 1:2])
+    assert all(value == 0 for value in system._losses(full, full[:, :1], target, batch).values())
 
 
 def test_stage_2_learns_what_stage_1_encodes(data):

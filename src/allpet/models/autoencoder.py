@@ -81,7 +81,8 @@ class Autoencoder(nn.Module):
             last; with ``len(channels)`` levels, views and bins shrink by ``patch * 2 ** (len(channels) - 1)``.
         seam: views of the flipped continuation (p(theta + pi, s) = p(theta, -s)) that are added at both ends before
             encoding and cropped after decoding; a multiple of the shrinking factor.
-        stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks).
+        stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks) and gives
+            it the stack of an empty mask.
         range_order: the decoder's last layer removes from f what no image could have caused in its first
             ``range_order`` + 1 radial moments (``consistency.helgason_ludwig_correction``), or as many as a quarter of
             the bins; None leaves f as it is, as attenuated sinograms, which do not fulfil these conditions, need.
@@ -298,7 +299,7 @@ class Autoencoder(nn.Module):
         if self.constraint == "head":
             output = self._output(raw, shape)
             full = self._in_range(F.softplus(output[:, :1], beta=_SHARPNESS), strip)
-            mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.ones_like(full)
+            mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.zeros_like(full)
             positive = mask * full
             return Decoded(torch.cat([positive, full, full - positive], dim=1), mask)
         positive, full, negative = self.decode_free(raw, shape).split(1, dim=1)
