@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allpet.pretrained import load_pretrained, save_pretrained
-from allpet.prompts import REGIONS, TRACERS, Prompt
+from allpet.prompts import REGIONS, TRACERS, Prompt, count_prompts, draw_open
 from allpet.randomness import keyed_generator
 from allpet.scaling import Scaling
 
@@ -38,6 +38,20 @@ def test_unknown_prompts_are_refused():
         Prompt.of(["FGD:brain"])
     with pytest.raises(ValueError, match="A prompt is tracer:region"):
         Prompt.of(["FDG"])
+
+
+def test_open_halves_are_drawn_as_often_as_slices_have_them():
+    counts = count_prompts(Prompt.of(["FDG:brain"] * 2 + ["FDG:chest"] * 2 + ["PSMA:chest"] * 4))
+
+    def draw(asked, n=2000):
+        drawn = draw_open(Prompt.of([asked] * n), counts, [keyed_generator(i, asked) for i in range(n)]).names()
+        return {name: drawn.count(name) / n for name in set(drawn)}
+
+    assert draw("open:open") == pytest.approx({"FDG:brain": 0.25, "FDG:chest": 0.25, "PSMA:chest": 0.5}, abs=0.04)
+    assert draw("FDG:open") == pytest.approx({"FDG:brain": 0.5, "FDG:chest": 0.5}, abs=0.04)
+    assert draw("open:chest") == pytest.approx({"FDG:chest": 1 / 3, "PSMA:chest": 2 / 3}, abs=0.04)
+    assert draw("DOPA:open", 10) == {"DOPA:open": 1}, "no slice could say"
+    assert draw("DOPA:pelvis", 10) == {"DOPA:pelvis": 1}, "nothing is open"
 
 
 def test_keyed_draws_depend_on_the_key_alone():

@@ -62,15 +62,15 @@ def with_nulls(words: list[str]) -> list[str]:
         words: of a command line.
     """
     spelled: list[str] = []
-    rest = iter(words)
-    for word in rest:
+    index = 0
+    while index < len(words):
+        word = words[index]
         key, equals, value = word.partition("=")
+        alone = bool(equals) or index + 1 == len(words) or words[index + 1].startswith("--")
+        given = words[index : index + (1 if alone else 2)]
+        index += len(given)
         path = [part for part in key.split(".") if part != "init_args"]
-        if path[0] not in ("--model", "--data") or len(path) < 3:
-            spelled.append(word)
-            continue
-        given = [word] if equals else [word, *([following] if (following := next(rest, None)) is not None else [])]
-        if (value if equals else given[-1]) in _NULL:
+        if path[0] in ("--model", "--data") and len(path) >= 3 and (value if alone else given[-1]) in _NULL:
             inner = "null"
             for part in reversed(path[2:]):
                 inner = f"{{{part}: {inner}}}"

@@ -101,3 +101,31 @@ def answers(asked: tuple[int, int], known: Prompt) -> Tensor:
             f"No slice answers {TRACERS[tracer]}:{REGIONS[region]}; there are {', '.join(sorted(set(known.names())))}."
         )
     return right
+
+
+def count_prompts(known: Prompt) -> Tensor:
+    """Count the slices of each tracer and region, ``(len(TRACERS), len(REGIONS))``, int64."""
+    counts = torch.bincount(known.tracer * len(REGIONS) + known.region, minlength=len(TRACERS) * len(REGIONS))
+    return counts.view(len(TRACERS), len(REGIONS))
+
+
+def draw_open(asked: Prompt, counts: Tensor, generators: Sequence[torch.Generator]) -> Prompt:
+    """Draw what prompts leave open in proportion to slices that agree in the other half; where none do it stays open.
+
+    Args:
+        asked: index 0 leaves a half open.
+        counts: of slices, as from ``count_prompts``.
+        generators: one CPU generator per prompt.
+    """
+    drawn = []
+    for tracer, region, generator in zip(asked.tracer.tolist(), asked.region.tolist(), generators, strict=True):
+        weights = counts.double().clone()
+        if tracer:
+            weights[torch.arange(len(TRACERS)) != tracer] = 0
+        if region:
+            weights[:, torch.arange(len(REGIONS)) != region] = 0
+        if weights.any() and not (tracer and region):
+            tracer, region = divmod(int(torch.multinomial(weights.flatten(), 1, generator=generator)), len(REGIONS))
+        drawn.append((tracer, region))
+    tracers, regions = torch.tensor(drawn, dtype=torch.int64).view(-1, 2).unbind(1)
+    return Prompt(tracers.to(asked.tracer.device), regions.to(asked.region.device))

@@ -21,7 +21,7 @@ from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
 from allpet.pretrained import building, load_pretrained, save_pretrained
-from allpet.prompts import Prompt
+from allpet.prompts import Prompt, count_prompts, draw_open
 from allpet.randomness import keyed_generator
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName, check_label, log_mean
@@ -40,6 +40,7 @@ class _Aside(Aside):
         labels: of what was done to each view, ``(slices, views, label_size)``; None where nothing is.
         row: of each sample id in ``latents``.
         linear: what the network starts from; None before a fit, or without.
+        prompts: how many training slices have each tracer and region (``count_prompts``); None before a fit.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
@@ -48,6 +49,7 @@ class _Aside(Aside):
         self.labels: Tensor | None = None
         self.row: dict[int, int] = {}
         self.linear: LinearDenoiser | None = None
+        self.prompts: Tensor | None = None
 
 
 class LatentDiffusion(LatentSystem):
@@ -149,11 +151,12 @@ class LatentDiffusion(LatentSystem):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Encode ``latent_views`` views of every training slice, in a fixed order, so that a resumed run has the same.
+        """Count prompts and encode ``latent_views`` views of every training slice, in a fixed order, resumed or not.
 
         The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._aside.prompts = count_prompts(data.train_set.prompt)
         if self.linear_rank:
             self._aside.linear = self._fit_linear(data)
         if not self.latent_views:
@@ -235,11 +238,12 @@ class LatentDiffusion(LatentSystem):
         """Generate sinograms.
 
         Args:
-            prompt: one prompt per seed; index 0 leaves a half open.
+            prompt: one prompt per seed; index 0 leaves a half open, see ``Sampling.fill_open``.
             seeds: one per sample; equal seeds and prompts give equal samples whatever the batch.
             sampling: how to; None takes the system's own.
             progress: whether to show a progress bar.
-            callback: called with (step, steps, estimate of the full sinograms in data units) after every step.
+            callback: called with (step, steps, estimate of the full sinograms in data units, as decoded) after every
+                step.
 
         Raises:
             ValueError: if prompts and seeds differ in number.
@@ -252,6 +256,8 @@ class LatentDiffusion(LatentSystem):
             )
         if self.geometry is None:
             raise RuntimeError("The training geometry is unknown: load the model with from_pretrained.")
+        if sampling.fill_open and self._aside.prompts is not None:
+            prompt = draw_open(prompt, self._aside.prompts, [keyed_generator(seed, "prompt") for seed in seeds])
         stacks = [
             self._sample_stack(
                 Prompt(prompt.tracer[start:stop], prompt.region[start:stop]),
@@ -277,6 +283,7 @@ class LatentDiffusion(LatentSystem):
             "denoiser": self.denoiser.config,
             "diffusion": self.diffusion.to_dict(),
             "linear": None if self.linear is None else self.linear.config,
+            "prompts": None if self._aside.prompts is None else self._aside.prompts.tolist(),
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
@@ -298,7 +305,10 @@ class LatentDiffusion(LatentSystem):
             denoiser.load_state_dict(parts["denoiser"])
             system = cls(autoencoder, denoiser, Diffusion(**config["diffusion"]), sampling=sampling)
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
-            if config.get("linear"):  # folders of earlier versions do not speak of it
+            # folders of earlier versions speak neither of prompts nor of a linear denoiser
+            if config.get("prompts"):
+                system._aside.prompts = torch.tensor(config["prompts"])
+            if config.get("linear"):
                 linear = LinearDenoiser(tuple(config["linear"]["shape"]), config["linear"]["rank"])
                 linear.load_state_dict(parts["linear"])
                 system._aside.linear, system.linear_rank = linear, config["linear"]["rank"]

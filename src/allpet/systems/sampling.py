@@ -33,6 +33,9 @@ class Sampling:
             (three denoiser calls per step).
         guidance_interval: smallest and largest time at which guidance acts, as shares of the last time; guidance in
             the middle alone, such as (0.2, 0.8), costs less variety and fewer calls.
+        fill_open: whether what a prompt leaves open is drawn from the prompts of the training slices, seed by seed: the
+            same mixture as that of the unconditional model, and guidance has something to act on. False samples the
+            unconditional model.
         eta: DDIM's share of fresh noise per step.
         n_views: views of the sinogram to return; None keeps the training geometry's.
         n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
@@ -48,6 +51,7 @@ class Sampling:
     guidance: float = 1.5
     region_guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    fill_open: bool = True
     eta: float = 0.0
     n_views: int | None = None
     n_bins: int | None = None
@@ -91,8 +95,9 @@ class Samples(NamedTuple):
 
     Attributes:
         sinogram: ``(batch, 1, views, bins)`` in the data set's units, on ``geometry``.
-        stack: [positive, full, negative] as decoded, on the training geometry and without noise.
-        prompt: what was asked for.
+        stack: [positive, full, negative] as decoded, on the training geometry, before power is restored and all that
+            follows.
+        prompt: what was asked for; open halves as they were drawn.
         seed: seed of each sample, ``(batch,)``.
         geometry: where the views and bins of ``sinogram`` lie.
     """
