@@ -10,14 +10,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from allpet import AutoencoderSystem
+from allpet.power import POINTS
 from callbacks.export import not_finite
 
 
 class LatentStatistics(Callback):
     """When stage 1 ends, measure the latents' mean and standard deviation per channel and store them with the weights.
 
-    So are the gain that gives back the power that reconstructions lack and, where the network's constraint
-    is ``weighted``, the weight of the full channel.
+    So are the gain that gives back the power that reconstructions lack (of several processes the mean) and, where the
+    network's constraint is ``weighted``, the weight of the full channel.
 
     Full passes over the training set; then a pass over the validation set tells whether the standardised latents have
     a standard deviation of 1 there too. Must stand after weight averaging and before ``ExportPretrained``.
@@ -61,8 +62,10 @@ class LatentStatistics(Callback):
             if pl_module.autoencoder.constraint == "weighted":
                 weight = torch.tensor(pl_module.measure_full_weight(batches()), device=pl_module.device)
                 pl_module.autoencoder.set_full_weight(float(trainer.strategy.reduce(weight, reduce_op="mean")))
+        with data.unmixed(moved=False):  # dilation and blur would colour the noise
             gain = pl_module.measure_power_gain(batches()).to(pl_module.device)
-            pl_module.autoencoder.set_power_gain(trainer.strategy.reduce(gain, reduce_op="mean"))
+        gain = trainer.strategy.reduce(gain, reduce_op="mean")
+        pl_module.autoencoder.set_power_gain(gain)
         trainer.validating = True  # so that the data module draws as it does in validation
         raw_mean, raw_std = self._measure(trainer, pl_module, data.val_dataloader())
         trainer.training = True
@@ -74,6 +77,10 @@ class LatentStatistics(Callback):
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:
             print(f"Latents, standardised, on the validation set: std {_text(scaled_std)}, mean {_text(scaled_mean)}")
+            period = 2 * data.geometry.bin_mm * (POINTS - 1) / max(int(gain.argmax()), 1)
+            print(
+                f"Samples get back power that reconstructions lack: at most x {gain.max() ** 2:.2f}, at {period:.0f} mm"
+            )
             if not ((scaled_std - 1).abs() <= self.tolerance).all():
                 print(
                     f"WARNING: a channel's standard deviation is not 1 +- {self.tolerance:g}: training and validation "

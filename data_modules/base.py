@@ -303,13 +303,20 @@ class SinogramDataModule(LightningDataModule, ABC):
         return drawn + (MIXUP_LABEL_SIZE if self.mixup else 0)
 
     @contextmanager
-    def unmixed(self) -> Iterator[None]:
-        """Leave slices unmixed meanwhile: for what is measured on patients, such as the statistics of latents."""
+    def unmixed(self, moved: bool = True) -> Iterator[None]:
+        """Leave slices unmixed meanwhile: for what is measured on patients, such as the statistics of latents.
+
+        Args:
+            moved: whether symmetries go on; without, slices have the noise that they were measured with.
+        """
         mixer, self._mixer = self._mixer, None
+        symmetry = self.symmetry
+        if not moved:
+            self.symmetry = None
         try:
             yield
         finally:
-            self._mixer = mixer
+            self._mixer, self.symmetry = mixer, symmetry
 
     @property
     def stage1_data_hash(self) -> str | None:

@@ -13,13 +13,13 @@ FREQUENCY = torch.linspace(0, 0.5, POINTS)  # cycles per bin
 LOST = 1 - 0.5 * torch.sigmoid((FREQUENCY - 0.15) / 0.02)  # a decoder that halves the amplitude of short periods
 
 
-def blobs(count, seed, counts=2e5):
-    """Expected and noisy sinograms of small Gaussians, and the former as a decoder would leave them."""
+def blobs(count, seed, counts=2e5, smallest=3):
+    """Expected and noisy sinograms of Gaussians, and the former as a decoder would leave them."""
     generator = torch.Generator().manual_seed(seed)
     expected = []
     for _ in range(count):
         centres = 120 * (torch.rand(5, 2, generator=generator, dtype=torch.float64) - 0.5)
-        sigmas = 3 + 3 * torch.rand(5, generator=generator, dtype=torch.float64)
+        sigmas = smallest + 3 * torch.rand(5, generator=generator, dtype=torch.float64)
         expected.append(gaussian_sinogram(GEOMETRY, centres, sigmas, 1 / sigmas**2).float())
     expected = torch.cat(expected)
     expected = expected * counts / expected.sum((1, 2, 3), keepdim=True)
@@ -41,6 +41,21 @@ def gain():
 def test_what_a_decoder_loses_is_found_from_noisy_slices_alone(gain):
     trusted = (FREQUENCY > 0.02) & (FREQUENCY < 0.22)
     torch.testing.assert_close(gain[trusted], 1 / LOST[trusted], atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("counts", [1e4, 1e5])
+def test_the_power_of_the_noise_is_not_taken_for_lost(counts):
+    expected, noisy, decoded = blobs(120, 0, counts, smallest=5)
+    power, left = radial_power(noisy), radial_power(decoded)
+    noise = power[:, 56:].mean(1).median()
+    seen = (FREQUENCY > 0.02) & (radial_power(expected).median(0).values > 0.5 * noise)
+
+    def worst(found):
+        return float((found * LOST - 1)[seen].abs().max())
+
+    unsubtracted = (power.median(0).values / left.median(0).values).sqrt().clamp(1, 2.5)
+    assert worst(measure_gain([power], [left])) < 0.07
+    assert worst(unsubtracted) > 0.2
 
 
 def test_where_noise_hides_everything_nothing_is_changed(gain):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 
 from allpet import (
     SYMMETRY_LABEL_SIZE,
@@ -220,6 +220,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage, changes, data, tmp_pat
         torch.testing.assert_close(rest.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
+def test_training_goes_on_from_checkpoints_that_know_no_power_gain(data, tmp_path):
+    def fit(steps, **arguments):
+        system = stage1()
+        averaging = EMAWeightAveraging(decay=0.9)
+        trainer(max_steps=steps, callbacks=[averaging]).fit(system, datamodule=data, **arguments)
+        return system
+
+    def stop(name):
+        callbacks = [EMAWeightAveraging(decay=0.9), StopAtStep6(tmp_path / name)]
+        with pytest.raises(Stopped):
+            trainer(max_steps=7, callbacks=callbacks).fit(stage1(), datamodule=data)
+
+    stop("new.ckpt")
+    old = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    for weights in (old["state_dict"], old["current_model_state"]):
+        del weights["autoencoder.power_gain"]
+    torch.save(old, tmp_path / "old.ckpt")
+    new, old = (fit(7, ckpt_path=tmp_path / name) for name in ("new.ckpt", "old.ckpt"))
+    for name, value in new.state_dict().items():
+        torch.testing.assert_close(old.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
 def test_the_two_players_of_a_discriminator_do_not_move_each_other(data):
     """The autoencoder must not learn from the discriminator's loss, nor the discriminator from the verdict."""
     system = stage1(discriminator=PatchDiscriminator(channels=8, layers=2), adversarial_weight=0.0)
@@ -388,6 +410,24 @@ def test_power_is_restored_in_the_sinogram_and_not_in_the_stack():
     torch.testing.assert_close(plain.sinogram, plain.stack[:, 1:2])
     torch.testing.assert_close(restored.sinogram, restore_power(plain.sinogram, system.autoencoder.power_gain))
     assert not torch.allclose(plain.sinogram, restored.sinogram)
+
+
+def test_what_a_prompt_leaves_open_is_drawn_from_the_training_slices(data, tmp_path):
+    system = stage2(stage1().autoencoder)
+    trainer(max_steps=1).fit(system, datamodule=data)
+    system.save_pretrained(tmp_path)
+    loaded = LatentDiffusion.from_pretrained(tmp_path, Sampling(steps=2))
+    asked = Prompt.of(["FDG:open", "open:abdomen", "open:open", "PSMA:open"])
+    samples = loaded.sample(asked, [0, 1, 2, 3])
+    drawn = samples.prompt.names()
+    assert set(drawn[:3]) <= {"FDG:brain", "FDG:abdomen"}
+    assert drawn[1] == "FDG:abdomen"
+    assert drawn[3] == "PSMA:open", "no slice could say"
+    torch.testing.assert_close(loaded.sample(samples.prompt, [0, 1, 2, 3]).stack, samples.stack)
+    alone = loaded.sample(Prompt(asked.tracer[2:3], asked.region[2:3]), [2])
+    assert alone.prompt.names() == drawn[2:3]
+    left = loaded.sample(asked, [0, 1, 2, 3], Sampling(steps=2, fill_open=False))
+    assert left.prompt.names() == asked.names()
 
 
 def test_views_and_bins_are_chosen_at_sampling():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,11 @@ class AutoencoderSystem(CosineSystem):
                     f"strip_views is {self.strip_views}, but the sinograms have {self.geometry.n_views} views: choose "
                     "fewer, or null for the whole half turn."
                 )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the weights with the networks; checkpoints of earlier versions know no gain, which is then 1."""
+        checkpoint["state_dict"].setdefault("autoencoder.power_gain", torch.ones_like(self.autoencoder.power_gain))
+        super().on_load_checkpoint(checkpoint)
 
     def training_step(self, batch: SinogramBatch, batch_idx: int) -> Tensor:
         """One step: loss of the autoencoder plus, on detached stacks, of the discriminator."""
