@@ -48,13 +48,16 @@ REMARKS = {
     "alone flatters: the range layer sets the first 21 moments right by construction, and blurred sinograms are "
     "consistent, too; read it with KID and power_min, power_max: the least and the largest power of the images over "
     f"that of held-out ones at any period down to 30 or 20 mm, geometric means of the whole sets. {PAPER}",
-    "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways.",
+    "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by 1.5.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
     "recipe.",
     "baselines": "GAN and score-based model are trained for as many steps as cost the arithmetic of both of our "
-    "stages. The VAE's decoder has one channel and no range layer. Resampled training slices are copies: they show "
-    "what distances copying reaches. Peak memory is the process's resident memory after the row. Consistency alone "
-    f"flatters, as PCA-Gaussian and the copies show; power_min and power_max as in the few-shot study. {PAPER}",
+    "stages. Ours and the LDM of one channel are guided by 1.5 and get back the power that their decoders lose; "
+    "ours_plain is the training of ours without either, and so are the other models. The VAE's decoder has one channel "
+    "and no range layer. Resampled training slices are copies: they show what distances copying reaches, and how far "
+    "the power of real slices of other patients lies from 1. Peak memory is the process's resident memory after the "
+    "row. Consistency alone flatters, as PCA-Gaussian and the copies show; power_min and power_max as in the few-shot "
+    f"study. {PAPER}",
     "downstream": "Simulated pairs, 64 x 80 by default; all methods train on the same pairs for the same steps and, "
     "but for what has none, with the same network; held-out patients. Compared with the expected targets, in the "
     "sinogram and after one fixed reconstruction (OSEM, 3 iterations of 14 subsets, 4 mm); a noisy target is "
@@ -220,7 +223,7 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
     """Draw four numbers against what the study varies, seeds as points, means as lines, the floor dashed."""
     along, by, label = {
         "few_shot": ("n", "augmentation", "training slices"),
-        "steps": ("steps", "sampler", "denoiser calls"),
+        "steps": ("steps", "sampler", "sampling steps"),
         "compute": ("ldm_steps", "augmentation", "steps of stage 2"),
     }[study]
     names = {

@@ -3,17 +3,24 @@
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
+from allpet import ParallelBeam, Prompt
+from allpet.batches import unmasked_stack
+from allpet.consistency import Correction, consistency_numbers
+from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.suite import Evaluation, Spectrum
+from allpet.systems.sampling import Samples
+from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from studies import baselines, few_shot
 from studies.rows import Outcome, Row, collect, run_rows
-from studies.training import HERE, Budget, Recipe, batch_size, power
+from studies.training import HERE, Bench, Budget, Recipe, batch_size, power, renoise
 
 
 def counting(calls: list[str], name: str):
@@ -122,9 +129,13 @@ def test_a_missing_row_is_said_to_be_missing(tmp_path):
 # ------------------------------------------------------------------------------------------------------- conclusions
 
 
-def judged(n, name, seed, error=0.01, **numbers):
-    values = dict.fromkeys(few_shot.JUDGED, 0.5) | numbers
-    return {"n": n, "augmentation": name, "seed": seed, **values, **{f"{k}_std": error for k in few_shot.JUDGED}}
+def judged(n, name, seed, **numbers):
+    values = dict.fromkeys(few_shot.JUDGED, 0.5) | {f"{name}_floor": 0.1 for name in few_shot.JUDGED} | numbers
+    return {"n": n, "augmentation": name, "seed": seed, **values}
+
+
+def words(rows):
+    return {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
 
 
 def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
@@ -137,10 +148,10 @@ def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
         for name in ("nothing", "masks")
     ]
     rows.append(judged(500, "symmetries", 2, kid_conv=0.3))  # nothing to be compared with
-    lines = {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
+    lines = words(rows)
     assert lines["RMAS with DMM"]["pairs"] == 4
-    assert lines["RMAS with DMM"]["kid_conv"].startswith("-0.1 ")
-    assert "better" in lines["RMAS with DMM"]["kid_conv"]
+    # variance between two seeds .01 apart: 5e-5, so sqrt(2 * 5e-5 / 4)
+    assert lines["RMAS with DMM"]["kid_conv"] == "-0.1 ± 0.005 (better)"
     assert "no difference" in lines["RMAS with DMM"]["coverage_conv"]
     assert lines["Symmetries"]["pairs"] == 0
     text = few_shot.said(list(lines.values()))
@@ -148,14 +159,39 @@ def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
     assert "Symmetries" not in text
 
 
-def test_one_pair_is_judged_by_its_own_errors():
-    def word(error):
-        rows = [judged(500, "both", 0, error, coverage_conv=0.4), judged(500, "binary", 0, error, coverage_conv=0.5)]
-        lines = {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
-        return lines["Soft masks instead of binary ones"]["coverage_conv"]
+def test_a_single_pair_is_judged_by_how_seeds_differ_elsewhere():
+    pair = [judged(500, "both", 0, coverage_conv=0.4), judged(500, "binary", 0, coverage_conv=0.5)]
+    name = "Soft masks instead of binary ones"
+    assert "no verdict" in words(pair)[name]["coverage_conv"]
+    assert "Soft masks instead of binary ones: no verdict" in few_shot.said([words(pair)[name]])
+    for apart, word in ((0.01, "worse"), (0.2, "no difference")):
+        elsewhere = [
+            judged(n, "nothing", seed, coverage_conv=0.3 + apart * (seed - 1)) for n in (100, 2000) for seed in range(3)
+        ]
+        assert word in words(pair + elsewhere)[name]["coverage_conv"]
 
-    assert "worse" in word(0.01)
-    assert "no difference" in word(0.1)
+
+def test_chance_is_called_a_difference_in_one_case_of_twenty():
+    generator = torch.Generator().manual_seed(0)
+    told = total = 0
+    for _ in range(150):
+        rows = [
+            judged(500, name, seed, **{k: float(torch.randn((), generator=generator)) for k in few_shot.LOWER})
+            for name in few_shot.AUGMENTATIONS
+            for seed in range(3)
+        ]
+        lines = words(rows)
+        for ingredient in ("RMAS with DMM", "Symmetries"):
+            told += sum("no difference" not in lines[ingredient][k] for k in few_shot.LOWER)
+            total += len(few_shot.LOWER)
+    assert 0.03 < told / total < 0.07
+
+
+def test_what_is_nearer_to_real_slices_is_better_from_either_side():
+    elsewhere = [judged(100, "nothing", seed, seam_jump=0.3 + 0.001 * seed) for seed in range(3)]
+    pair = [judged(500, "both", 0, seam_jump=0.09), judged(500, "no_seam", 0, seam_jump=0.05)]
+    found = words(pair + elsewhere)["A seam, cropped, instead of zeros beyond the half turn"]["seam_jump"]
+    assert "better" in found, "real ones have .1"
 
 
 def baseline(method, **numbers):
@@ -189,3 +225,82 @@ def test_power_is_that_of_whole_sets():
     found = Evaluation({}, {"image": spectrum}, *[None] * 3)
     expected = {"power_min_30mm": 0.9, "power_max_30mm": 1.1, "power_min_20mm": 0.5, "power_max_20mm": 1.1}
     assert power(found) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+GEOMETRY = ParallelBeam(32, 40, 10.8, 40, 10.8)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    """Measures with few and small slices, and a classifier that knows the training slices."""
+    folder = tmp_path_factory.mktemp("bench")
+    data = SimulatedPET(
+        GEOMETRY,
+        prompts=("FDG:brain", "FDG:abdomen"),
+        num_scans=40,
+        slices_per_patient=2,
+        val_patients=2,
+        test_patients=8,
+        augmentation=None,
+        cache=None,
+    )
+    data.setup()
+    made = Bench(folder, "unused", None, samples=14)
+    made.data = lambda n: data
+
+    known = data.train_set[list(range(len(data.train_set)))]
+
+    class Nearest(PromptClassifier):
+        def name(self, sinogram):
+            nearest = torch.cdist(sinogram.flatten(1), known.expected.flatten(1)).argmin(1)
+            return Prompt(*(index[nearest] for index in known.prompt))
+
+    made.classifier = Nearest(GEOMETRY)
+    return made
+
+
+class Gives:
+    """A generator that hands out known slices, as decoded stacks and as sinograms."""
+
+    def __init__(self, known: torch.Tensor) -> None:
+        self.known = known
+
+    def sample(self, prompt, seeds, **options):
+        sinogram = self.known[torch.arange(len(seeds)) % len(self.known)]
+        return Samples(sinogram, unmasked_stack(sinogram), prompt, torch.tensor(list(seeds)), GEOMETRY)
+
+
+def test_held_out_slices_themselves_have_their_own_power_with_and_without_noise(bench):
+    test = bench.held_out.test_set
+    expected = test[list(range(len(test)))].expected
+    found = bench.judge_twice(expected, test.prompt, 0)
+    assert found["power_min_30mm"] == found["power_max_30mm"] == pytest.approx(1)
+    assert 0.9 < found["renoised_power_min_30mm"] <= found["renoised_power_max_30mm"] < 1.1
+    assert abs(found["kid_conv"]) < 0.5 * bench.judge_twice(expected * 0.5, test.prompt, 0)["kid_conv"]
+
+
+def test_noise_is_as_strong_as_that_of_real_slices_and_leaves_empty_ones_empty(bench):
+    test = bench.held_out.test_set
+    batch = test[list(range(len(test)))]
+    noisy = renoise(batch.expected, batch.sinogram, batch.expected)
+    strength = [(x - batch.expected).square().sum().sqrt() for x in (noisy, batch.sinogram)]
+    assert 0.8 < strength[0] / strength[1] < 1.25
+    empty = renoise(torch.zeros(1, 1, *GEOMETRY.sinogram_shape), batch.sinogram, batch.expected)
+    assert not empty.any()
+
+
+def test_ours_are_looked_at_raw_corrected_resized_and_with_open_prompts(bench):
+    train = bench.held_out.train_set
+    slices = train[list(range(len(train)))]
+    fake, prompt = bench.generate(Gives(slices.expected), 0)
+    found = baselines.look_closer(bench, Gives(slices.expected), fake, prompt, 40, 0)
+    looks = ["raw", *get_args(Correction), *(f"{views}x{bins}" for views, bins in baselines.SIZES)]
+    assert {f"row_sum_cv_{look}" for look in looks} < found.keys()
+    assert max(found[f"row_sum_cv_{look}"] for look in looks) < 0.01
+    real = consistency_numbers(fake, GEOMETRY)
+    assert found["hl_residual_raw"] == pytest.approx(float(real["hl_residual"].median()))
+    assert found["open_distance"] < found["open_limit"]
+    brains = slices.expected[slices.prompt.region == 1]
+    assert baselines.open_prompts(bench, Gives(brains), 40, 0)["open_distance"] == pytest.approx(0.5, abs=0.1)

@@ -18,7 +18,7 @@ from allpet.systems.cost import training_flops
 from allpet.systems.latent_diffusion import LatentDiffusion
 from studies.few_shot import AUGMENTATIONS
 from studies.rows import Row
-from studies.training import Bench, Budget, Recipe, batch_size
+from studies.training import Bench, Budget, Recipe, batch_size, facts
 
 SHARES = (1.0, 0.25, 4.0, 0.5, 2.0)
 SHOWN = ("kid_conv", "sw_conv", "energy_distance", "spectrum_image_30mm", "hl_residual", "copy_rate", "prompt_obeyed")
@@ -29,7 +29,13 @@ def rows(bench: Bench, budget: Budget, folder: Path, seed: int, sampling: Sampli
     return [
         Row(
             f"{name}-{share:g}x",
-            {"augmentation": name, "ldm_steps": round(share * budget.ldm), "vae_steps": budget.vae, "seed": seed},
+            {
+                "augmentation": name,
+                "ldm_steps": round(share * budget.ldm),
+                "vae_steps": budget.vae,
+                "seed": seed,
+                **facts(sampling),
+            },
             partial(
                 _measure,
                 bench,

@@ -44,7 +44,7 @@ FEW = (50, 100, 200)
 OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
 """Methods that are a file of experiments/finetune/methods."""
 UNTRAINED = ("identity", "gauss_oracle")
-SAMPLING = Sampling("dpm++2m", 20)
+SAMPLING = Sampling("dpm++2m", 20, guidance=1.5)
 """How the targets of generated pairs are drawn."""
 
 

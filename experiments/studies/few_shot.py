@@ -4,8 +4,9 @@ All rows train the same networks for the same number of steps; ``nothing`` has n
 RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both. At n = 500 single ingredients of
 ``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage
 2, too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft
-masks, masks of the image instead of the sinogram, the three other forms of the constraint, and what convolutions see
-beyond the half turn: zeros, or its flipped continuation in every layer, instead of a seam that is cropped in the end.
+masks, masks of the image instead of the sinogram, the three other forms of the constraint, and what the convolutions of
+stage 1 see beyond the half turn: zeros, or its flipped continuation in every layer, instead of a seam that is cropped
+in the end. (Those of stage 2 see zeros in all rows; only with a seam do its latents reach beyond the half turn.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from allpet import Sampling
@@ -25,7 +27,7 @@ from allpet.evaluation.distances import polynomial_mmd
 from allpet.evaluation.features import RandomConvolutions, standardise
 from allpet.randomness import keyed_generator
 from studies.rows import Outcome, Row
-from studies.training import Bench, Budget, Recipe, load, train
+from studies.training import Bench, Budget, Recipe, facts, load, train
 
 AUGMENTATIONS = {
     "nothing": {"masks": False, "symmetries": False},
@@ -47,12 +49,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_seam": {"seam": False},
     "moebius": {"padding": "moebius"},
 }
+FIRST_VARIANTS = ("one_channel", "no_range_layer", "conditioned", "free", "fixed_count", "image_masks", "binary")
 SHOWN = (
     "kid_conv",
     "sw_conv",
     "energy_distance",
     "coverage_conv",
     "power_min_30mm",
+    "power_max_30mm",
     "power_min_20mm",
     "row_sum_cv",
     "centre_residual",
@@ -76,12 +80,12 @@ def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
         for n in (2000, 50, 100):
             add(n, "nothing", AUGMENTATIONS["nothing"], seed)
         add(100, "both", AUGMENTATIONS["both"], seed)
-        for name in ("one_channel", "no_range_layer", "conditioned"):
-            add(500, name, VARIANTS[name], seed)
     for seed in seeds[1:]:
         for name in AUGMENTATIONS:
             add(500, name, AUGMENTATIONS[name], seed)
         add(2000, "nothing", AUGMENTATIONS["nothing"], seed)
+    for name in FIRST_VARIANTS:
+        add(500, name, VARIANTS[name], seeds[0])
     for seed in seeds:
         for n in (100, 2000):
             for name, changes in AUGMENTATIONS.items():
@@ -98,7 +102,7 @@ def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
 
 def rows(bench: Bench, budget: Budget, seeds: Sequence[int], sampling: Sampling) -> list[Row]:
     """Return the rows of the study."""
-    shared = {**dataclasses.asdict(budget), "sampler": sampling.sampler, "steps": sampling.steps}
+    shared = {**dataclasses.asdict(budget), **facts(sampling)}
     return [
         Row(
             key,
@@ -155,16 +159,22 @@ INGREDIENTS: dict[str, list[tuple[str, str]]] = {
 """What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
 
 
-JUDGED = ("kid_conv", "sw_conv", "coverage_conv", "hl_residual", "seam_jump", "copy_rate", "prompt_obeyed")
+LOWER = ("kid_conv", "sw_conv", "copy_rate")
+HIGHER = ("coverage_conv", "prompt_obeyed")
+NEARER = ("hl_residual", "seam_jump")
+JUDGED = LOWER + HIGHER + NEARER
+"""Numbers that are better when lower, higher, and nearer to those of real slices, whose distance is compared."""
 
 
 def contributions(outcome: Outcome) -> list[dict[str, Any]]:
     """Say what each ingredient brings: the mean difference, with minus without it, over all n and seeds run both ways.
 
-    The error is that of the mean over seeds and n where there are three pairs or more, else it comes from the rows' own
-    standard errors. Differences below twice their error are told apart from nothing by no one.
+    Two trainings that differ in their seed alone differ, too. How much is estimated from all settings that have several
+    seeds (pooled variance); a difference is called one if it is beyond 95 % of Student's t with their degrees of
+    freedom.
     """
     rows = {(row["n"], row["augmentation"], row["seed"]): row for row in outcome.done}
+    scatter = {number: _scatter(outcome, number) for number in JUDGED}
     lines = []
     for ingredient, kinds in INGREDIENTS.items():
         pairs = [
@@ -173,32 +183,34 @@ def contributions(outcome: Outcome) -> list[dict[str, Any]]:
             for (n, name, seed), row in rows.items()
             if name == has and (n, without, seed) in rows
         ]
-        if not pairs:
-            lines.append({"ingredient": ingredient, "pairs": 0})
-            continue
         line: dict[str, Any] = {"ingredient": ingredient, "pairs": len(pairs)}
-        for number in (
-            "kid_conv",
-            "sw_conv",
-            "coverage_conv",
-            "hl_residual",
-            "seam_jump",
-            "copy_rate",
-            "prompt_obeyed",
-        ):
-            differences = [a[number] - b[number] for a, b in pairs]
-            errors = [(a[f"{number}_std"] ** 2 + b[f"{number}_std"] ** 2) ** 0.5 for a, b in pairs]
-            middle = mean(differences)
-            error = (
-                stdev(differences) / len(pairs) ** 0.5
-                if len(pairs) > 2
-                else sum(e**2 for e in errors) ** 0.5 / len(pairs)
-            )
-            good = (middle > 0) == (number in ("coverage_conv", "prompt_obeyed"))
-            word = "no difference" if abs(middle) <= 2 * error else "better" if good else "worse"
-            line[number] = f"{middle:+.3g} ± {error:.2g} ({word})"
         lines.append(line)
+        for number in JUDGED if pairs else ():
+            middle = mean(_judged(a, number) - _judged(b, number) for a, b in pairs)
+            variance, freedom = scatter[number]
+            if not freedom:
+                line[number] = f"{middle:+.3g} (one seed each: no verdict)"
+                continue
+            error = (2 * variance / len(pairs)) ** 0.5
+            good = (middle > 0) == (number in HIGHER)
+            told = abs(middle) > float(student.ppf(0.975, freedom)) * error
+            word = ("better" if good else "worse") if told else "no difference"
+            line[number] = f"{middle:+.3g} ± {error:.2g} ({word})"
     return lines
+
+
+def _judged(row: dict[str, Any], number: str) -> float:
+    return float(abs(row[number] - row[f"{number}_floor"]) if number in NEARER else row[number])
+
+
+def _scatter(outcome: Outcome, number: str) -> tuple[float, int]:
+    """Variance of a number between seeds, pooled over settings, and its degrees of freedom."""
+    groups: dict[tuple[int, str], list[float]] = {}
+    for row in outcome.done:
+        groups.setdefault((row["n"], row["augmentation"]), []).append(_judged(row, number))
+    freedom = sum(len(values) - 1 for values in groups.values())
+    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in groups.values() if len(values) > 1)
+    return (squares / freedom if freedom else 0.0), freedom
 
 
 def said(lines: Sequence[dict[str, Any]]) -> str:
@@ -209,6 +221,8 @@ def said(lines: Sequence[dict[str, Any]]) -> str:
         words = {word: [n for n, value in numbers.items() if f"({word})" in value] for word in ("better", "worse")}
         found = [f"{word} in {', '.join(names)}" for word, names in words.items() if names]
         if numbers:
+            if any("no verdict" in value for value in numbers.values()):
+                found = ["no verdict from one seed"]
             parts.append(f"{line['ingredient']}: {'; '.join(found) or 'no difference to be told from chance'}.")
     return " ".join(parts)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from allpet import Sampling
 from studies.rows import Row
-from studies.training import Bench, Budget, Recipe, load, train
+from studies.training import Bench, Budget, Recipe, facts, load, train
 
 STEPS = (10, 20, 5, 50, 2, 1)
 SAMPLERS = ("dpm++2m", "ddim", "unipc", "ddpm")
@@ -30,7 +30,7 @@ def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe) -> list[Row]
     return [
         Row(
             f"{name}-{steps}",
-            {"sampler": name, "steps": steps, "n": recipe.n, "seed": recipe.seed, "samples": len(bench.rows())},
+            {**facts(Sampling(name, steps)), "n": recipe.n, "seed": recipe.seed, "samples": len(bench.rows())},
             partial(_measure, bench, budget, model, recipe, Sampling(name, steps)),  # type: ignore[arg-type]
         )
         for name, steps in order

@@ -312,12 +312,24 @@ def renoise(expected: Tensor, noisy: Tensor, truth: Tensor) -> Tensor:
     """
     per_count = (noisy - truth).square().sum((1, 2, 3)) / truth.sum((1, 2, 3)).clamp(min=1e-6)
     one = float(per_count.median())
-    return torch.cat(
-        [
-            add_counting_noise(sinogram[None], float(sinogram.sum()) / one, [keyed_generator(i, "renoise")])
-            for i, sinogram in enumerate(expected.clamp(min=0))
-        ]
-    )
+    noisy_ones = [
+        # what is empty has no counts, and stays so
+        add_counting_noise(sinogram[None], float(sinogram.sum()) / one, [keyed_generator(i, "renoise")])
+        if sinogram.any()
+        else sinogram[None]
+        for i, sinogram in enumerate(expected.clamp(min=0))
+    ]
+    return torch.cat(noisy_ones)
+
+
+def facts(sampling: Sampling) -> dict[str, Any]:
+    """Return what a row says of how it was sampled."""
+    return {
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "restore_power": sampling.restore_power,
+    }
 
 
 def load(folder: Path, sampling: Sampling) -> LatentDiffusion:
