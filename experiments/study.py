@@ -47,17 +47,17 @@ REMARKS = {
     "convolution features; the floor is what one half of the held-out patients scores against the other. Consistency "
     "alone flatters: the range layer sets the first 21 moments right by construction, and blurred sinograms are "
     "consistent, too; read it with KID and power_min, power_max: the least and the largest power of the images over "
-    f"that of held-out ones at any period down to 30 or 20 mm, geometric means of the whole sets. {PAPER}",
+    "that of held-out ones at any period down to 30 or 20 mm, geometric means of the whole sets (floor: of 500 "
+    f"training slices without noise). {PAPER}",
     "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by 1.5.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
     "recipe.",
     "baselines": "GAN and score-based model are trained for as many steps as cost the arithmetic of both of our "
     "stages. Ours and the LDM of one channel are guided by 1.5 and get back the power that their decoders lose; "
     "ours_plain is the training of ours without either, and so are the other models. The VAE's decoder has one channel "
-    "and no range layer. Resampled training slices are copies: they show what distances copying reaches, and how far "
-    "the power of real slices of other patients lies from 1. Peak memory is the process's resident memory after the "
-    "row. Consistency alone flatters, as PCA-Gaussian and the copies show; power_min and power_max as in the few-shot "
-    f"study. {PAPER}",
+    "and no range layer. Resampled training slices are noisy copies: they show what distances copying reaches. Peak "
+    "memory is the process's resident memory after the row. Consistency alone flatters, as PCA-Gaussian and the copies "
+    f"show; power_min and power_max as in the few-shot study. {PAPER}",
     "downstream": "Simulated pairs, 64 x 80 by default; all methods train on the same pairs for the same steps and, "
     "but for what has none, with the same network; held-out patients. Compared with the expected targets, in the "
     "sinogram and after one fixed reconstruction (OSEM, 3 iterations of 14 subsets, 4 mm); a noisy target is "
@@ -174,14 +174,14 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     }
     conclusions = []
     if options.study == "few_shot":
-        more["summary"] = few_shot.summary(outcome)
+        more["summary"] = few_shot.summary(outcome, bench.real_power)
         more["data_efficiency"] = few_shot.data_efficiency(bench, folder, outcome)
         brought = few_shot.contributions(outcome)
         more["tables"] = {"What each ingredient brings: the mean difference, with minus without it": brought}
         conclusions += [more["data_efficiency"]["said"], few_shot.said(brought)]
     else:
         shown = {"steps": steps.SHOWN, "compute": compute.SHOWN, "baselines": baselines.SHOWN}[options.study]
-        more["summary"] = summary(options.study, outcome.done, shown)
+        more["summary"] = summary(options.study, outcome.done, shown, bench.real_power)
     if options.study == "steps":
         conclusions.append(steps.conclusion(outcome.done))
     if options.study == "baselines":
@@ -204,7 +204,9 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     return write_report(name, outcome.done, seeds, options.reports, **more)
 
 
-def summary(study: str, done: Sequence[dict[str, Any]], shown: Sequence[str]) -> list[dict[str, Any]]:
+def summary(
+    study: str, done: Sequence[dict[str, Any]], shown: Sequence[str], real_power: dict[str, float]
+) -> list[dict[str, Any]]:
     """Return one line per setting, over seeds, and the floor."""
     keys = {"steps": ("sampler", "steps"), "compute": ("augmentation", "ldm_steps"), "baselines": ("method",)}[study]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -214,7 +216,8 @@ def summary(study: str, done: Sequence[dict[str, Any]], shown: Sequence[str]) ->
         groups = dict(sorted(groups.items()))
     lines = [dict(zip(keys, values, strict=True)) | few_shot.spread(group, shown) for values, group in groups.items()]
     if done:
-        floors = [{name: row[f"{name}_floor"] for name in shown if f"{name}_floor" in row} for row in done]
+        known = {name: value for name, value in real_power.items() if name in shown}
+        floors = [known | {name: row[f"{name}_floor"] for name in shown if f"{name}_floor" in row} for row in done]
         lines.append({keys[0]: "real slices (floor)"} | few_shot.spread(floors, shown))
     return lines
 

@@ -121,9 +121,10 @@ def test_a_missing_row_is_said_to_be_missing(tmp_path):
     (tmp_path / "rows" / "n500-both-seed0.json").write_text(json.dumps(kept))
     outcome = collect(study, tmp_path)
     assert "are missing" in few_shot.data_efficiency(None, tmp_path, outcome)["said"]
-    lines = few_shot.summary(outcome)
+    lines = few_shot.summary(outcome, {"power_min_30mm": 0.9})
     assert lines[0]["kid_conv"] == "0.1"
     assert lines[-1]["augmentation"] == "real slices (floor)"
+    assert lines[-1]["power_min_30mm"] == "0.9"
 
 
 # ------------------------------------------------------------------------------------------------------- conclusions
@@ -279,6 +280,12 @@ def test_held_out_slices_themselves_have_their_own_power_with_and_without_noise(
     assert found["power_min_30mm"] == found["power_max_30mm"] == pytest.approx(1)
     assert 0.9 < found["renoised_power_min_30mm"] <= found["renoised_power_max_30mm"] < 1.1
     assert abs(found["kid_conv"]) < 0.5 * bench.judge_twice(expected * 0.5, test.prompt, 0)["kid_conv"]
+
+
+def test_the_power_of_training_slices_is_that_which_the_suite_finds(bench):
+    train = bench.held_out.train_set[list(range(len(bench.held_out.train_set)))]
+    found = power(bench.judge(train.expected, train.prompt, 0))
+    assert bench.real_power == pytest.approx(found, rel=1e-4)
 
 
 def test_noise_is_as_strong_as_that_of_real_slices_and_leaves_empty_ones_empty(bench):

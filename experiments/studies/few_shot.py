@@ -120,7 +120,7 @@ def _measure(bench: Bench, budget: Budget, recipe: Recipe, sampling: Sampling, f
     return {**spent, **bench.judge_twice(fake, prompt, recipe.n)}
 
 
-def summary(outcome: Outcome) -> list[dict[str, Any]]:
+def summary(outcome: Outcome, real_power: dict[str, float]) -> list[dict[str, Any]]:
     """Return one line per n and augmentation: mean and, over seeds, standard deviation; the floor at the end."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in outcome.done:
@@ -136,6 +136,7 @@ def summary(outcome: Outcome) -> list[dict[str, Any]]:
         lines.append(
             {"n": "", "augmentation": "real slices (floor)", "seeds": ""}
             | {name: f"{mean(values):.3g}" for name, values in floor.items() if values}
+            | {name: f"{real_power[name]:.3g}" for name in SHOWN if name in real_power}
         )
     return lines
 
