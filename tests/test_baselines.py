@@ -487,6 +487,17 @@ def test_costs_are_counted(data, slices):
         assert all(parameter.grad is None for parameter in system.parameters())
 
 
+def test_of_a_penalty_its_share_of_the_steps_is_counted(data, slices):
+    def flops(**changes):
+        system = gan(**changes)
+        system.geometry = GEOMETRY
+        return training_flops(system, data.augment(slices))
+
+    without, always, fourth = flops(penalty=0.0), flops(penalty_every=1), flops(penalty_every=4)
+    assert always > 1.2 * without
+    assert fourth - without == pytest.approx((always - without) / 4, rel=0.01)
+
+
 def test_what_does_not_fit_is_refused(slices, tmp_path):
     other = SinogramGAN(Generator(8, 12, (16, 8), 4, 8), PromptDiscriminator(8, 12, (8, 16), 8))
     with pytest.raises(ValueError, match=r"makes \(8, 12\) views and bins, the data have \(16, 16\): set n_views"):

@@ -9,18 +9,19 @@ import pytest
 import torch
 import yaml
 
-from allpet import ParallelBeam, Prompt
+from allpet import ParallelBeam, Prompt, SinogramGAN
 from allpet.batches import unmasked_stack
 from allpet.consistency import Correction, consistency_numbers
 from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.suite import Evaluation, Spectrum
+from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.sampling import Samples
 from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from studies import baselines, few_shot
 from studies.rows import Outcome, Row, collect, run_rows
-from studies.training import HERE, Bench, Budget, Recipe, batch_size, power, renoise
+from studies.training import HERE, Bench, Budget, Recipe, batch_size, power, renoise, system_of_run
 
 
 def counting(calls: list[str], name: str):
@@ -91,6 +92,20 @@ def test_recipes_change_what_they_name_and_nothing_else():
     seams = {"--model.autoencoder.padding=moebius", "--model.autoencoder.seam=0"}
     assert words(padding="moebius") - base == seams
     assert words(seam=False) - base == {"--model.autoencoder.padding=zero", "--model.autoencoder.seam=0"}
+
+
+def test_the_system_of_a_run_is_whole_where_what_it_exports_is_not(tmp_path):
+    size = {"n_views": 16, "n_bins": 16, "channels": [16, 8], "patch": 2}
+    parts = {
+        "generator": {"class_path": "allpet.models.generator.Generator", "init_args": size},
+        "discriminator": {"class_path": "allpet.models.discriminator.PromptDiscriminator", "init_args": size},
+    }
+    model = {"class_path": "allpet.SinogramGAN", "init_args": {**parts, "penalty": 3.0}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": None}))
+    system = system_of_run(tmp_path, SinogramSystem)
+    assert isinstance(system, SinogramGAN)
+    assert system.discriminator is not None
+    assert system.penalty == 3.0
 
 
 def test_batches_are_those_of_the_scale_that_a_recipe_names(tmp_path):

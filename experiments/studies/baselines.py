@@ -37,6 +37,7 @@ from allpet.consistency import Correction, consistency_numbers, make_consistent
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
 from allpet.symmetry import resample
+from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.cost import sampling_cost, training_flops
 from callbacks.figures import Tile, draw_grid, save_figure, top
 from data_modules.simulated import PAPER_PROMPTS
@@ -52,6 +53,7 @@ from studies.training import (
     facts,
     load,
     scale_file,
+    system_of_run,
     train,
 )
 
@@ -233,7 +235,8 @@ def _make(
     ]
     # one step, to learn what a step costs; then as many as ours cost
     allpet([*words, f"--run.root={folder / 'one'}", "--trainer.max_steps=1", "--trainer.val_check_interval=1"])
-    probe = kind[name](newest_pretrained(folder / "one"))
+    probe = system_of_run(newest_pretrained(folder / "one").parent, SinogramSystem)
+    probe.geometry = data.geometry
     per_step = batch_size(recipe.scale, name) * training_flops(probe.train(), slices_of(slices, 4))
     steps = max(round(flops / per_step), 1)
     allpet([*words, f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"])

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Radon, Sampling
@@ -35,6 +36,7 @@ from data_modules.simulated import PAPER_PROMPTS
 VAL_PATIENTS, TEST_PATIENTS = 35, 70
 HERE = Path(__file__).parents[1]
 Data = TypeVar("Data", bound=SinogramDataModule)
+System = TypeVar("System", bound=LightningModule)
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,27 @@ def data_of_run(run: Path, kind: type[Data]) -> Data:
         run: folder of the run.
         kind: class that the data module must be of.
     """
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(kind, "data")
-    config = with_home(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-    data: Data = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+    data: Data = _part_of_run(run, "data", kind)
     data.setup()
     return data
+
+
+def system_of_run(run: Path, kind: type[System]) -> System:
+    """Make the untrained system of a run, all of it: what is exported has no discriminator.
+
+    Args:
+        run: folder of the run.
+        kind: class that the system must be of.
+    """
+    system: System = _part_of_run(run, "model", kind)
+    return system
+
+
+def _part_of_run(run: Path, part: str, kind: type[Any]) -> Any:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(kind, part)
+    config = with_home(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    return parser.instantiate_classes(parser.parse_object({part: config[part]}))[part]
 
 
 class Generates(Protocol):
