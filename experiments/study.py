@@ -185,7 +185,7 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     if options.study == "steps":
         conclusions.append(steps.conclusion(outcome.done))
     if options.study == "baselines":
-        conclusions.append(baselines.conclusion(outcome.done))
+        conclusions.append(baselines.conclusion(outcome.done, baselines.differences(bench, folder, outcome.done)))
     if options.study in ("few_shot", "baselines"):
         by = ("n", "augmentation") if options.study == "few_shot" else ("method",)
         title = "Samples with counting noise against noisy slices"

@@ -20,6 +20,7 @@ from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from studies import baselines, few_shot
+from studies.intervals import Difference, resampled
 from studies.rows import Outcome, Row, collect, run_rows
 from studies.training import HERE, Bench, Budget, Recipe, batch_size, power, renoise, system_of_run
 
@@ -221,18 +222,23 @@ def baseline(method, **numbers):
 
 
 def test_limits_and_baselines_are_read_from_the_rows():
-    rows = [baseline("ours"), baseline("gan", kid_conv=0.3, sw_conv=0.1), baseline("score", hl_residual=0.0001)]
-    said = baselines.conclusion(rows)
+    rows = [baseline("ours"), baseline("gan"), baseline("score", hl_residual=0.0001)]
+    apart = {
+        "kid_conv": {"gan": Difference(-0.3, -0.4, -0.2), "score": Difference(-0.01, -0.03, 0.01)},
+        "sw_conv": {"gan": Difference(0.1, 0.05, 0.2), "score": Difference(0.2, 0.1, 0.3)},
+    }
+    said = baselines.conclusion(rows, apart)
     assert "prompt_obeyed 0.96 (at least 0.95: holds)" in said
-    assert "kid_conv is lower than that of gan; not than that of score." in said
-    assert "sw_conv is lower than that of none; not than that of gan, score." in said
+    assert "lower than gan -0.3 (-0.4 to -0.2); higher than none; not told apart from score" in said
+    assert "lower than none; higher than gan +0.1 (+0.05 to +0.2), score +0.2 (+0.1 to +0.3); not" in said
     assert "score is as consistent or more so in row_sum_cv, centre_residual, hl_residual." in said
     assert "96x168 0.001 (at most 0.01: holds)" in said
-    rows[0] |= {"power_min_20mm": 0.4, "hl_residual_256x400": 0.02}
-    said = baselines.conclusion(rows)
+    rows[0] |= {"power_min_20mm": 0.4, "hl_residual_256x400": 0.02, "open_distance": 0.3}
+    said = baselines.conclusion(rows, apart)
     assert "power_min_20mm 0.4 (at least 0.5: does not hold)" in said
     assert "0.02 (at most 0.012: does not hold)" in said
-    assert baselines.conclusion(rows[1:]) == "Ours was not run."
+    assert "within 0.2: it does not hold" in said
+    assert baselines.conclusion(rows[1:], {}) == "Ours was not run."
 
 
 def test_power_is_that_of_whole_sets():
@@ -301,6 +307,20 @@ def test_the_power_of_training_slices_is_that_which_the_suite_finds(bench):
     train = bench.held_out.train_set[list(range(len(bench.held_out.train_set)))]
     found = power(bench.judge(train.expected, train.prompt, 0))
     assert bench.real_power == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["kid_conv", "sw_conv"])
+def test_intervals_hold_no_difference_between_sets_of_one_kind_and_find_a_blurred_one(distance, bench):
+    test, train = bench.held_out.test_set, bench.held_out.train_set
+    real, known = test[list(range(len(test)))], train[list(range(len(train)))].expected
+    blurred = torch.nn.functional.avg_pool2d(known, (1, 15), 1, (0, 7))
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    some, others = order.chunk(2)
+    found = resampled(real, {"a": known[some], "b": known[others], "blurred": blurred[some]}, distance, draws=40)
+    same, worse = Difference.of(found["a"], found["b"]), Difference.of(found["a"], found["blurred"])
+    assert same.low < 0 < same.high
+    assert worse.high < 0
+    assert Difference.of(found["a"], found["a"]) == (0, 0, 0)
 
 
 def test_noise_is_as_strong_as_that_of_real_slices_and_leaves_empty_ones_empty(bench):

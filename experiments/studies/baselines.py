@@ -41,6 +41,7 @@ from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.cost import sampling_cost, training_flops
 from callbacks.figures import Tile, draw_grid, save_figure, top
 from data_modules.simulated import PAPER_PROMPTS
+from studies.intervals import DISTANCES, Difference, resampled, samples_of
 from studies.rows import Row
 from studies.training import (
     HERE,
@@ -276,8 +277,32 @@ _LIMITS: dict[str, tuple[str, float]] = {
 _CONSISTENCY = ("row_sum_cv", "centre_residual", "hl_residual")
 
 
-def conclusion(done: Sequence[dict[str, Any]]) -> str:
-    """Say which limits our samples keep, which baselines they beat, and how they fare at other sizes."""
+Differences = dict[str, dict[str, Difference]]
+
+
+def differences(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> Differences:
+    """Return, by distance and method, that of ours minus that of the method, with intervals; {} without ours."""
+    methods = {row["method"]: [one for one in done if one["method"] == row["method"]] for row in done}
+    if "ours" not in methods:
+        return {}
+    test = bench.held_out.test_set
+    sets = {name: samples_of(folder, rows) for name, rows in methods.items()}
+    found: Differences = {}
+    for distance in DISTANCES:
+        measured = resampled(test[list(range(len(test)))], sets, distance)
+        found[distance] = {
+            name: Difference.of(measured["ours"], values) for name, values in measured.items() if name != "ours"
+        }
+    return found
+
+
+def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
+    """Say which limits our samples keep, which baselines they beat, and how they fare at other sizes.
+
+    Args:
+        done: rows.
+        apart: what ``differences`` returns.
+    """
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in done:
         by_method.setdefault(row["method"], []).append(row)
@@ -296,13 +321,15 @@ def conclusion(done: Sequence[dict[str, Any]]) -> str:
         return f"{found:.3g} ({word} {value:g}: {verdict(found <= value if word == 'at most' else found >= value)})"
 
     parts = ["Limits, ours: " + ", ".join(f"{name} {within(name, name)}" for name in _LIMITS) + "."]
-    others = [name for name in NAMES if name in by_method and not name.startswith("ours")]
-    for name in ("kid_conv", "sw_conv"):
-        better = [method for method in others if of("ours", name) < of(method, name)]
-        worse = [method for method in others if method not in better]
+    for distance, found in apart.items():
+        named = {name: f"{name} {found[name]}" for name in NAMES if name in found}
+        better = [text for name, text in named.items() if found[name].high < 0]
+        worse = [text for name, text in named.items() if found[name].low > 0]
+        untold = [text for text in named.values() if text not in better + worse]
         parts.append(
-            f"{name} is lower than that of {', '.join(better) or 'none'}"
-            + (f"; not than that of {', '.join(worse)}." if worse else ".")
+            f"{distance} of whole sets, ours minus the other (95 % interval over slices and held-out patients, one "
+            f"training each): lower than {', '.join(better) or 'none'}; higher than {', '.join(worse) or 'none'}; not "
+            f"told apart from {', '.join(untold) or 'none'}."
         )
     for method in (name for name in ("vae_prior", "vae_gaussian", "gan", "score") if name in by_method):
         kept = [name for name in _CONSISTENCY if of("ours", name) < of(method, name)]

@@ -20,12 +20,9 @@ from typing import Any
 
 import torch
 from scipy.stats import t as student
-from torch import Tensor
 
 from allpet import Sampling
-from allpet.evaluation.distances import polynomial_mmd
-from allpet.evaluation.features import RandomConvolutions, standardise
-from allpet.randomness import keyed_generator
+from studies.intervals import Difference, resampled, samples_of
 from studies.rows import Outcome, Row
 from studies.training import Bench, Budget, Recipe, facts, load, train
 
@@ -264,43 +261,19 @@ def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 2
     if not at_500 or (2000, "nothing") not in by_group:
         return {"said": "Rows with 500 slices or with 2,000 and no augmentation are missing: nothing to compare yet."}
     best = min(at_500, key=at_500.__getitem__)
-    test = bench.held_out.test_set
-    real = test[list(range(len(test)))]
-    extract = RandomConvolutions.of(real.expected)
-
-    def features(n: int, name: str) -> Tensor:
-        kept = [torch.load(folder / row["row"] / "samples.pt", weights_only=True) for row in by_group[n, name]]
-        return extract(torch.cat([one["sinogram"].float() for one in kept]))
-
-    others = bench.data(2000).train_set
+    test, others = bench.held_out.test_set, bench.data(2000).train_set
     sets = {
-        "few": features(500, best),
-        "many": features(2000, "nothing"),
-        "real": extract(others[list(range(0, len(others), 4))].expected),
+        "few": samples_of(folder, by_group[500, best]),
+        "many": samples_of(folder, by_group[2000, "nothing"]),
+        "real": others[list(range(0, len(others), 4))].expected,
     }
     if (50, "nothing") in by_group:
-        sets["fewest"] = features(50, "nothing")
-    known = extract(real.expected)
-    patients = real.patient_id.unique()
-    kid: dict[str, list[float]] = {name: [] for name in sets}
-    for draw in range(draws + 1):
-        generator = keyed_generator(0, draw, "bootstrap")
-        chosen, samples = torch.arange(len(known)), list(sets.values())
-        if draw:  # the first is the estimate itself
-            drawn = patients[torch.randint(len(patients), (len(patients),), generator=generator)]
-            chosen = torch.cat([(real.patient_id == one).nonzero()[:, 0] for one in drawn])
-            samples = [x[torch.randint(len(x), (len(x),), generator=generator)] for x in samples]
-        whole = standardise(known[chosen], *samples)
-        for name, x in zip(sets, whole[1:], strict=True):
-            kid[name].append(polynomial_mmd(whole[0], x))
-    difference = torch.tensor(kid["few"]) - torch.tensor(kid["many"])
-    low, high = difference[1:].quantile(torch.tensor([0.025, 0.975])).tolist()
-    found: dict[str, Any] = {"best": best, "difference": float(difference[0]), "low": low, "high": high}
-    found |= {f"kid_{name}": values[0] for name, values in kid.items()}
-    said = (
-        f"KID with 500 slices and {best} minus KID with 2,000 slices and nothing: {found['difference']:.4g}, 95 % "
-        f"interval {low:.4g} to {high:.4g}"
-    )
+        sets["fewest"] = samples_of(folder, by_group[50, "nothing"])
+    kid = resampled(test[list(range(len(test)))], sets, draws=draws)
+    difference = Difference.of(kid["few"], kid["many"])
+    found: dict[str, Any] = {"best": best, "difference": difference.value, "low": difference.low}
+    found |= {"high": difference.high, **{f"kid_{name}": float(values[0]) for name, values in kid.items()}}
+    said = f"KID with 500 slices and {best} minus KID with 2,000 slices and nothing, 95 % interval: {difference}"
     if "fewest" not in sets:
         return {**found, "said": said + "; the row with 50 slices, which sets the scale, was not run."}
     limit = 0.05 * (found["kid_fewest"] - found["kid_real"])
