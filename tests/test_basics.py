@@ -50,6 +50,7 @@ def test_open_halves_are_drawn_as_often_as_slices_have_them():
     assert draw("open:open") == pytest.approx({"FDG:brain": 0.25, "FDG:chest": 0.25, "PSMA:chest": 0.5}, abs=0.04)
     assert draw("FDG:open") == pytest.approx({"FDG:brain": 0.5, "FDG:chest": 0.5}, abs=0.04)
     assert draw("open:chest") == pytest.approx({"FDG:chest": 1 / 3, "PSMA:chest": 2 / 3}, abs=0.04)
+    assert draw("open:trunk") == pytest.approx({"FDG:trunk": 1 / 3, "PSMA:trunk": 2 / 3}, abs=0.04), "chests answer it"
     assert draw("DOPA:open", 10) == {"DOPA:open": 1}, "no slice could say"
     assert draw("DOPA:pelvis", 10) == {"DOPA:pelvis": 1}, "nothing is open"
 

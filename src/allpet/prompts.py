@@ -110,22 +110,21 @@ def count_prompts(known: Prompt) -> Tensor:
 
 
 def draw_open(asked: Prompt, counts: Tensor, generators: Sequence[torch.Generator]) -> Prompt:
-    """Draw what prompts leave open in proportion to slices that agree in the other half; where none do it stays open.
+    """Draw what prompts leave open in proportion to the slices that answer them; where none do it stays open.
 
     Args:
-        asked: index 0 leaves a half open.
+        asked: index 0 leaves a half open; the other half stays as it is.
         counts: of slices, as from ``count_prompts``.
         generators: one CPU generator per prompt.
     """
+    cells = Prompt(*(index.flatten() for index in torch.meshgrid(*map(torch.arange, counts.shape), indexing="ij")))
     drawn = []
     for tracer, region, generator in zip(asked.tracer.tolist(), asked.region.tolist(), generators, strict=True):
-        weights = counts.double().clone()
-        if tracer:
-            weights[torch.arange(len(TRACERS)) != tracer] = 0
-        if region:
-            weights[:, torch.arange(len(REGIONS)) != region] = 0
+        answering = matches(Prompt(torch.tensor(tracer), torch.tensor(region)), cells)
+        weights = counts.flatten().double() * answering
         if weights.any() and not (tracer and region):
-            tracer, region = divmod(int(torch.multinomial(weights.flatten(), 1, generator=generator)), len(REGIONS))
+            cell = int(torch.multinomial(weights, 1, generator=generator))
+            tracer, region = tracer or int(cells.tracer[cell]), region or int(cells.region[cell])
         drawn.append((tracer, region))
     tracers, regions = torch.tensor(drawn, dtype=torch.int64).view(-1, 2).unbind(1)
     return Prompt(tracers.to(asked.tracer.device), regions.to(asked.region.device))

@@ -153,10 +153,12 @@ class LatentDiffusion(LatentSystem):
     def on_fit_start(self) -> None:
         """Count prompts and encode ``latent_views`` views of every training slice, in a fixed order, resumed or not.
 
-        The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``.
+        The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``;
+        without one there are no views, and what prompts leave open is not drawn.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._aside.prompts = count_prompts(data.train_set.prompt)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self._aside.prompts = count_prompts(data.train_set.prompt)
         if self.linear_rank:
             self._aside.linear = self._fit_linear(data)
         if not self.latent_views:

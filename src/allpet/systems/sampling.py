@@ -33,9 +33,9 @@ class Sampling:
             (three denoiser calls per step).
         guidance_interval: smallest and largest time at which guidance acts, as shares of the last time; guidance in
             the middle alone, such as (0.2, 0.8), costs less variety and fewer calls.
-        fill_open: whether what a prompt leaves open is drawn from the prompts of the training slices, seed by seed: the
-            same mixture as that of the unconditional model, and guidance has something to act on. False samples the
-            unconditional model.
+        fill_open: whether what a prompt leaves open is drawn, seed by seed, from the prompts of the training slices
+            that answer it, so that guidance has something to act on. False leaves it to the network, as do models of
+            earlier versions, which do not know those prompts.
         eta: DDIM's share of fresh noise per step.
         n_views: views of the sinogram to return; None keeps the training geometry's.
         n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
@@ -97,7 +97,7 @@ class Samples(NamedTuple):
         sinogram: ``(batch, 1, views, bins)`` in the data set's units, on ``geometry``.
         stack: [positive, full, negative] as decoded, on the training geometry, before power is restored and all that
             follows.
-        prompt: what was asked for; open halves as they were drawn.
+        prompt: what was asked for; of ``LatentDiffusion`` with open halves as they were drawn.
         seed: seed of each sample, ``(batch,)``.
         geometry: where the views and bins of ``sinogram`` lie.
     """
