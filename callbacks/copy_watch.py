@@ -119,11 +119,11 @@ class CopyWatch(Callback):
                 self._prompt = Prompt(prompt.tracer[rows], prompt.region[rows])
             assert self._prompt is not None
             assert self._held_out is not None
-            # as the network makes them: on the training grid, without the noise that sampling may add
-            sampling = replace(
-                system.sampling, sampler=self.sampler, steps=self.steps, n_views=None, n_bins=None, counts=None
-            )
-            samples = small(system.sample(self._prompt, list(range(self.n_samples)), sampling).sinogram.float().cpu())
+            # as the decoder draws them, like the slices that they are compared with
+            raw: dict[str, Any] = {"n_views": None, "n_bins": None, "counts": None, "consistency": None}
+            sampling = replace(system.sampling, sampler=self.sampler, steps=self.steps, restore_power=False, **raw)
+            stack = system.sample(self._prompt, list(range(self.n_samples)), sampling).stack
+            samples = small(stack[:, 1:2].float().cpu())
         system.train(training)
         return copy_numbers(samples, self._held_out, self._training)
 

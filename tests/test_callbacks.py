@@ -13,7 +13,17 @@ from PIL import Image
 from tiny_pet import GEOMETRY, TinyPET
 
 import callbacks
-from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion, Prompt, Radon, Sampling, fbp
+from allpet import (
+    Autoencoder,
+    AutoencoderSystem,
+    Denoiser,
+    LatentDiffusion,
+    Prompt,
+    Radon,
+    Sampling,
+    SymmetryAugmentation,
+    fbp,
+)
 from allpet.systems.base import Diverged
 from callbacks.figures import Tile, draw_grid, pixels, save_animation, save_figure
 from callbacks.memory import peak_process_bytes
@@ -236,6 +246,18 @@ def test_the_power_that_reconstructions_lack_is_stored(tmp_path):
     gain = system.eval().measure_power_gain([batch])
     torch.testing.assert_close(system.autoencoder.power_gain, gain, atol=1e-3, rtol=0)
     assert float(system.autoencoder.power_gain.max()) > 1.2, "after four steps hardly any detail comes through"
+
+
+def test_the_power_is_measured_on_slices_that_are_neither_mixed_nor_moved():
+    data = TinyPET()
+    data.setup()
+    data.symmetry = SymmetryAugmentation(GEOMETRY, dilation=(0.5, 0.6), blur_mm=20.0)
+    batch = data.train_set[[0, 1]]
+    with data.unmixed():
+        assert not torch.equal(data.augment(batch, 0).sinogram, batch.sinogram)
+    with data.unmixed(moved=False):
+        assert torch.equal(data.augment(batch, 0).sinogram, batch.sinogram)
+    assert data.symmetry is not None
 
 
 def test_latent_statistics_of_stage_2_are_refused(tmp_path):

@@ -9,6 +9,7 @@ from tiny_pet import TinyPET
 
 import callbacks
 from allpet import Autoencoder, AutoencoderSystem, Denoiser, LatentDiffusion
+from allpet.power import POINTS
 from callbacks.copy_watch import copy_numbers, small
 
 
@@ -69,14 +70,29 @@ def test_the_watch_logs_and_leaves_the_training_alone(tmp_path):
         assert torch.equal(value, other), name
 
 
+def test_samples_are_compared_as_the_decoder_draws_them(tmp_path):
+    numbers = []
+
+    class Seen(callbacks.CopyWatch):
+        def _measure(self, *arguments):
+            numbers.append(super()._measure(*arguments))
+            return numbers[-1]
+
+    for gain in (1.0, 2.5):
+        watched = system()
+        watched.autoencoder.set_power_gain(torch.full((POINTS,), gain))
+        fit(watched, tmp_path, Seen(n_samples=6, steps=2), max_steps=2)
+    assert numbers[0] == numbers[1]
+
+
 def test_a_training_that_copies_is_stopped(tmp_path, monkeypatch):
     def sample(self, prompt, seeds, sampling):
         """A model that has learned the first training slice by heart."""
         assert (sampling.counts, sampling.n_views, sampling.steps) == (None, None, 2)
         data = self.trainer.datamodule
         latent = self.encode(data.augment(data.train_set[[0] * len(seeds)]))
-        full = self.autoencoder.scaling.inverse(self.autoencoder.decode(latent, (16, 16)).full)
-        return type("Samples", (), {"sinogram": full})
+        stack = self.autoencoder.scaling.inverse(self.autoencoder.decode(latent, (16, 16)).stack)
+        return type("Samples", (), {"stack": stack})
 
     assert fit(system(), tmp_path, callbacks.CopyWatch(6, 2, limit=0.9)).global_step == 6
     monkeypatch.setattr(LatentDiffusion, "sample", sample)
