@@ -15,7 +15,7 @@ from allpet.consistency import Correction, consistency_numbers
 from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.suite import Evaluation, Spectrum
 from allpet.systems.baselines.base import SinogramSystem
-from allpet.systems.sampling import Samples
+from allpet.systems.sampling import Samples, Sampling
 from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -152,63 +152,84 @@ def judged(n, name, seed, **numbers):
 
 
 def words(rows):
-    return {line["ingredient"]: line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
+    return {(line["ingredient"], line["n"]): line for line in few_shot.contributions(Outcome(rows, [], 0.0))}
 
 
-def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone():
-    rows = [
-        judged(
-            n, name, seed, kid_conv=0.1 + 0.01 * seed + 0.1 * (name == "nothing"), coverage_conv=0.5 + 0.1 * (n > 100)
-        )
-        for n in (100, 500)
-        for seed in (0, 1)
-        for name in ("nothing", "masks")
+def trainings(n, effects, number="kid_conv", scatter=(0.0, 0.0, 0.0), seed_effect=0.3):
+    """Rows of all settings and seeds: an effect of each setting, one of each seed, and what is left by chance."""
+    return [
+        judged(n, name, seed, **{number: effect + seed_effect * seed + (-1) ** i * scatter[seed]})
+        for i, (name, effect) in enumerate(effects.items())
+        for seed in range(3)
     ]
-    rows.append(judged(500, "symmetries", 2, kid_conv=0.3))  # nothing to be compared with
+
+
+NONE = dict.fromkeys(few_shot.AUGMENTATIONS, 0.5)
+
+
+def test_an_ingredient_is_judged_by_rows_that_differ_in_it_alone_and_at_each_n():
+    better = NONE | {"masks": 0.3, "both": 0.3}
+    rows = trainings(500, better, scatter=(0.01, -0.01, 0.0)) + trainings(100, NONE, scatter=(0.01, -0.01, 0.0))
+    rows.append(judged(50, "symmetries", 2, kid_conv=0.3))  # nothing to be compared with
     lines = words(rows)
-    assert lines["RMAS with DMM"]["pairs"] == 4
-    # variance between two seeds .01 apart: 5e-5, so sqrt(2 * 5e-5 / 4)
-    assert lines["RMAS with DMM"]["kid_conv"] == "-0.1 ± 0.005 (better)"
-    assert "no difference" in lines["RMAS with DMM"]["coverage_conv"]
-    assert lines["Symmetries"]["pairs"] == 0
+    found = lines["RMAS with DMM", 500]
+    assert found["pairs"] == 6
+    # what is left: (-1)^i times .01, -.01, 0 in four settings: 8e-4 over 6 degrees of freedom; what seeds share is out
+    assert found["kid_conv"] == f"-0.2 ± {(2 * 8e-4 / 6 / 6) ** 0.5:.2g} (better)"
+    assert "no difference" in lines["RMAS with DMM", 100]["kid_conv"]
+    assert "no difference" in lines["Symmetries", 500]["kid_conv"]
+    assert ("Symmetries", 50) not in lines
+    assert "no verdict" in found["coverage_conv"], "all rows are equal"
     text = few_shot.said(list(lines.values()))
-    assert "RMAS with DMM: better in kid_conv." in text
-    assert "Symmetries" not in text
+    assert "RMAS with DMM (500 slices): better in kid_conv." in text
+    assert "Symmetries (100 slices): no difference to be told from chance." in text
 
 
-def test_a_single_pair_is_judged_by_how_seeds_differ_elsewhere():
-    pair = [judged(500, "both", 0, coverage_conv=0.4), judged(500, "binary", 0, coverage_conv=0.5)]
-    name = "Soft masks instead of binary ones"
-    assert "no verdict" in words(pair)[name]["coverage_conv"]
-    assert "Soft masks instead of binary ones: no verdict" in few_shot.said([words(pair)[name]])
-    for apart, word in ((0.01, "worse"), (0.2, "no difference")):
-        elsewhere = [
-            judged(n, "nothing", seed, coverage_conv=0.3 + apart * (seed - 1)) for n in (100, 2000) for seed in range(3)
-        ]
-        assert word in words(pair + elsewhere)[name]["coverage_conv"]
+def test_a_single_pair_is_judged_by_how_seeds_differ_in_other_settings():
+    name = ("Soft masks instead of binary ones", 500)
+    pair = [judged(500, "binary", 0, coverage_conv=0.6)]
+    assert "no verdict" in words([*pair, judged(500, "both", 0)])[name]["coverage_conv"]
+    assert few_shot.said([words([*pair, judged(500, "both", 0)])[name]]) == ""
+    for scatter, word in ((0.01, "worse"), (0.2, "no difference")):
+        elsewhere = trainings(500, NONE, "coverage_conv", (scatter, -scatter, 0.0), seed_effect=0.0)
+        rows = [row | ({"coverage_conv": 0.4} if row["seed"] == 0 and row["augmentation"] == "both" else {})
+                for row in elsewhere]  # fmt: skip
+        assert word in words(pair + rows)[name]["coverage_conv"]
 
 
 def test_chance_is_called_a_difference_in_one_case_of_twenty():
     generator = torch.Generator().manual_seed(0)
+
+    def drawn():
+        return {k: float(torch.randn((), generator=generator)) for k in few_shot.LOWER}
+
     told = total = 0
-    for _ in range(150):
+    for _ in range(200):
+        seeds = [drawn() for _ in range(3)]
         rows = [
-            judged(500, name, seed, **{k: float(torch.randn((), generator=generator)) for k in few_shot.LOWER})
+            judged(500, name, seed, **{k: 3 * seeds[seed][k] + x for k, x in drawn().items()})
             for name in few_shot.AUGMENTATIONS
             for seed in range(3)
         ]
+        rows += [judged(2000, "nothing", seed, **{k: 50 * x for k, x in drawn().items()}) for seed in range(3)]
         lines = words(rows)
         for ingredient in ("RMAS with DMM", "Symmetries"):
-            told += sum("no difference" not in lines[ingredient][k] for k in few_shot.LOWER)
+            told += sum("no difference" not in lines[ingredient, 500][k] for k in few_shot.LOWER)
             total += len(few_shot.LOWER)
     assert 0.03 < told / total < 0.07
 
 
-def test_what_is_nearer_to_real_slices_is_better_from_either_side():
-    elsewhere = [judged(100, "nothing", seed, seam_jump=0.3 + 0.001 * seed) for seed in range(3)]
-    pair = [judged(500, "both", 0, seam_jump=0.09), judged(500, "no_seam", 0, seam_jump=0.05)]
-    found = words(pair + elsewhere)["A seam, cropped, instead of zeros beyond the half turn"]["seam_jump"]
-    assert "better" in found, "real ones have .1"
+def test_numbers_of_real_slices_are_what_is_aimed_at():
+    elsewhere = trainings(500, NONE, "seam_jump", (0.001, -0.001, 0.0))
+    pair = [
+        judged(500, "both", 0, seam_jump=0.09, copy_rate=0.1),
+        judged(500, "no_seam", 0, seam_jump=0.05, copy_rate=0),
+    ]
+    line = words([row for row in elsewhere if row["augmentation"] != "both"] + pair)[
+        "A seam, cropped, instead of zeros beyond the half turn", 500
+    ]
+    assert "better" in line["|seam_jump - real|"], "real ones have .1"
+    assert line["copy_rate beyond real"].startswith("+0 "), "so many real slices look like copies"
 
 
 def baseline(method, **numbers):
@@ -217,19 +238,19 @@ def baseline(method, **numbers):
     values = dict.fromkeys(names, 0.001) | {f"{name}_{look}": 0.001 for name in names for look in looks}
     values |= {"power_min_30mm": 0.9, "power_max_30mm": 1.1, "power_min_20mm": 0.6, "power_max_20mm": 1.1}
     values |= {"kid_conv": 0.01, "sw_conv": 0.2, "copy_rate": 0.0, "prompt_obeyed": 0.96}
-    values |= {"open_distance": 0.1, "open_limit": 0.2}
+    values |= {"open_distance": 0.1, "open_limit": 0.2, "open_unconditional": 0.3}
     return {"method": method, "seed": 0, **values, **numbers}
 
 
 def test_limits_and_baselines_are_read_from_the_rows():
     rows = [baseline("ours"), baseline("gan"), baseline("score", hl_residual=0.0001)]
-    apart = {
-        "kid_conv": {"gan": Difference(-0.3, -0.4, -0.2), "score": Difference(-0.01, -0.03, 0.01)},
-        "sw_conv": {"gan": Difference(0.1, 0.05, 0.2), "score": Difference(0.2, 0.1, 0.3)},
-    }
+    kid = {"gan": Difference(-0.3, -0.4, -0.2), "score": Difference(-0.01, -0.03, 0.01)}
+    sw = {"gan": Difference(0.1, 0.05, 0.2), "score": Difference(0.2, 0.1, 0.3)}
+    apart = {"kid_conv": {"ours": kid}, "sw_conv": {"ours_plain": sw}}
     said = baselines.conclusion(rows, apart)
     assert "prompt_obeyed 0.96 (at least 0.95: holds)" in said
     assert "lower than gan -0.3 (-0.4 to -0.2); higher than none; not told apart from score" in said
+    assert "ours_plain minus the other" in said
     assert "lower than none; higher than gan +0.1 (+0.05 to +0.2), score +0.2 (+0.1 to +0.3); not" in said
     assert "score is as consistent or more so in row_sum_cv, centre_residual, hl_residual." in said
     assert "96x168 0.001 (at most 0.01: holds)" in said
@@ -287,7 +308,7 @@ class Gives:
     """A generator that hands out known slices, as decoded stacks and as sinograms."""
 
     def __init__(self, known: torch.Tensor) -> None:
-        self.known = known
+        self.known, self.sampling = known, Sampling()
 
     def sample(self, prompt, seeds, **options):
         sinogram = self.known[torch.arange(len(seeds)) % len(self.known)]
@@ -300,6 +321,9 @@ def test_held_out_slices_themselves_have_their_own_power_with_and_without_noise(
     found = bench.judge_twice(expected, test.prompt, 0)
     assert found["power_min_30mm"] == found["power_max_30mm"] == pytest.approx(1)
     assert 0.9 < found["renoised_power_min_30mm"] <= found["renoised_power_max_30mm"] < 1.1
+    noisy = bench.judge_twice(test[list(range(len(test)))].sinogram, test.prompt, 0, noisy=True)
+    assert noisy["renoised_power_max_20mm"] == noisy["renoised_power_min_20mm"] == pytest.approx(1)
+    assert noisy["power_max_20mm"] > 1
     assert abs(found["kid_conv"]) < 0.5 * bench.judge_twice(expected * 0.5, test.prompt, 0)["kid_conv"]
 
 
@@ -316,11 +340,14 @@ def test_intervals_hold_no_difference_between_sets_of_one_kind_and_find_a_blurre
     blurred = torch.nn.functional.avg_pool2d(known, (1, 15), 1, (0, 7))
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     some, others = order.chunk(2)
-    found = resampled(real, {"a": known[some], "b": known[others], "blurred": blurred[some]}, distance, draws=40)
+    sets = {"a": known[some], "b": known[others], "blurred": blurred[some], "more": known[others].repeat(3, 1, 1, 1)}
+    found = resampled(real.expected, real.patient_id, sets, distance, draws=40)
     same, worse = Difference.of(found["a"], found["b"]), Difference.of(found["a"], found["blurred"])
     assert same.low < 0 < same.high
     assert worse.high < 0
     assert Difference.of(found["a"], found["a"]) == (0, 0, 0)
+    number = Difference.of(found["b"], found["more"])
+    assert number.low < 0 < number.high, "that there are more of the same samples is no merit"
 
 
 def test_noise_is_as_strong_as_that_of_real_slices_and_leaves_empty_ones_empty(bench):
@@ -331,6 +358,24 @@ def test_noise_is_as_strong_as_that_of_real_slices_and_leaves_empty_ones_empty(b
     assert 0.8 < strength[0] / strength[1] < 1.25
     empty = renoise(torch.zeros(1, 1, *GEOMETRY.sinogram_shape), batch.sinogram, batch.expected)
     assert not empty.any()
+
+
+def test_noisy_methods_are_compared_among_noisy_slices(bench, tmp_path):
+    train = bench.held_out.train_set[list(range(len(bench.held_out.train_set)))]
+    rows = []
+    for name, sinogram in (("ours", train.expected), ("vae_gaussian", train.expected), ("gan", train.sinogram)):
+        for seed in (0, 1) if name == "ours" else (0,):
+            row = f"{name}-seed{seed}"
+            (tmp_path / row).mkdir()
+            torch.save({"sinogram": sinogram * (1 + 9 * seed)}, tmp_path / row / "samples.pt")
+            rows.append({"row": row, "method": name, "seed": seed})
+    found = baselines.differences(bench, tmp_path, rows)
+    same = found["kid_conv"]["ours"]["vae_gaussian"]
+    assert same.value == 0, "of the seed that both have"
+    assert same.low < 0 < same.high
+    noise = found["kid_conv"]["ours"]["gan"]
+    assert noise.low < 0 < noise.high, "noise is added where it is missing"
+    assert baselines.differences(bench, tmp_path, rows[2:]) == {"kid_conv": {}, "sw_conv": {}}
 
 
 def test_ours_are_looked_at_raw_corrected_resized_and_with_open_prompts(bench):

@@ -70,6 +70,8 @@ NAMES = (
     "gan",
     "score",
 )
+NOISY = ("pca_gaussian", "resampled", "resampled_symmetries", "gan", "score")
+"""Methods that learn noisy slices and make such; those of the others are expected ones."""
 SIZES = ((96, 168), (180, 128), (256, 400))
 """Views x bins that samples are asked for besides their own."""
 OPEN = 128
@@ -96,7 +98,7 @@ SHOWN = (
 
 
 def rows(bench: Bench, budget: Budget, folder: Path, n: int, seeds: Sequence[int], sampling: Sampling) -> list[Row]:
-    """Return the rows, seed by seed; the trained ones last."""
+    """Return the rows, seed by seed; after ours, which others need, those that are trained come last."""
     ours = {seed: folder / f"ours-seed{seed}" for seed in seeds}
     plain = replace(sampling, guidance=1.0, restore_power=False)
     how = {"ours": sampling, "one_channel": sampling, "ours_plain": plain}
@@ -120,7 +122,7 @@ def _measure(
     fake, prompt = bench.generate(generator, seed)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
-    numbers = bench.judge_twice(fake, prompt, n) | bench.use(fake, n)
+    numbers = bench.judge_twice(fake, prompt, n, noisy=name in NOISY) | bench.use(fake, n)
     if name == "ours":
         numbers |= look_closer(bench, generator, fake, prompt, n, seed)
     return {
@@ -139,7 +141,8 @@ def look_closer(
 
     Returns:
         Medians of the consistency numbers as the decoder leaves them (``NAME_raw``, of 64 samples), after each
-        correction (``NAME_METHOD``) and at other sizes (``NAME_VIEWSxBINS``), and what ``open_prompts`` returns.
+        correction (``NAME_METHOD``) and at other sizes (``NAME_VIEWSxBINS``), and what ``open_prompts`` returns, also
+        where the network is asked without a prompt (``open_unconditional``).
     """
     geometry = bench.held_out.geometry
     few = Prompt(*(index[:64] for index in prompt))
@@ -155,10 +158,12 @@ def look_closer(
         for look, (sinogram, its) in looks.items()
         for name, values in consistency_numbers(sinogram, its).items()
     }
-    return found | open_prompts(bench, model, n, seed)
+    found |= open_prompts(bench, model, n, seed)
+    unfilled = replace(model.sampling, fill_open=False)
+    return found | {"open_unconditional": open_prompts(bench, model, n, seed, sampling=unfilled)["open_distance"]}
 
 
-def open_prompts(bench: Bench, model: LatentDiffusion, n: int, seed: int) -> dict[str, float]:
+def open_prompts(bench: Bench, model: LatentDiffusion, n: int, seed: int, **options: Any) -> dict[str, float]:
     """Compare what ``OPEN`` samples with open prompts show with the training slices, as the classifier names both.
 
     Returns:
@@ -166,7 +171,8 @@ def open_prompts(bench: Bench, model: LatentDiffusion, n: int, seed: int) -> dic
         slices stay below (``open_limit``).
     """
     nothing = torch.zeros(OPEN, dtype=torch.int64)
-    drawn = model.sample(Prompt(nothing, nothing), range(10_000 * seed, 10_000 * seed + OPEN)).sinogram
+    seeds = range(10_000 * seed, 10_000 * seed + OPEN)
+    drawn = model.sample(Prompt(nothing, nothing), seeds, **options).sinogram
     train_set = bench.data(n).train_set
     named = bench.classifier.name(train_set[list(range(len(train_set)))].expected)
     kinds = named.tracer * 100 + named.region
@@ -277,22 +283,37 @@ _LIMITS: dict[str, tuple[str, float]] = {
 _CONSISTENCY = ("row_sum_cv", "centre_residual", "hl_residual")
 
 
-Differences = dict[str, dict[str, Difference]]
+Differences = dict[str, dict[str, dict[str, Difference]]]
 
 
 def differences(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> Differences:
-    """Return, by distance and method, that of ours minus that of the method, with intervals; {} without ours."""
-    methods = {row["method"]: [one for one in done if one["method"] == row["method"]] for row in done}
-    if "ours" not in methods:
-        return {}
+    """Return, by distance, ours or ours_plain and method, that of the first minus that of the method, with intervals.
+
+    Methods whose samples are noisy are compared among noisy slices, where ours get noise, too. Only seeds that all
+    methods have are taken.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in done))
+    seeds = set.intersection(*({row["seed"] for row in done if row["method"] == name} for name in methods))
     test = bench.held_out.test_set
-    sets = {name: samples_of(folder, rows) for name, rows in methods.items()}
-    found: Differences = {}
-    for distance in DISTANCES:
-        measured = resampled(test[list(range(len(test)))], sets, distance)
-        found[distance] = {
-            name: Difference.of(measured["ours"], values) for name, values in measured.items() if name != "ours"
-        }
+    real = test[list(range(len(test)))]
+    sets = {
+        name: samples_of(folder, [row for row in done if row["method"] == name and row["seed"] in seeds])
+        for name in methods
+    }
+    found: Differences = {distance: {} for distance in DISTANCES}
+    for noisy in (False, True):
+        ours = {name: sets[name] for name in ("ours", "ours_plain") if name in sets}
+        others = {name: x for name, x in sets.items() if name not in ours and (name in NOISY) == noisy}
+        if not seeds or not ours or not others:
+            continue
+        if noisy:
+            ours = {name: bench.with_noise(x) for name, x in ours.items()}
+        for distance in DISTANCES:
+            known = real.sinogram if noisy else real.expected
+            measured = resampled(known, real.patient_id, ours | others, distance)
+            for mine in ours:
+                between = {name: Difference.of(measured[mine], measured[name]) for name in others}
+                found[distance].setdefault(mine, {}).update(between)
     return found
 
 
@@ -321,16 +342,17 @@ def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
         return f"{found:.3g} ({word} {value:g}: {verdict(found <= value if word == 'at most' else found >= value)})"
 
     parts = ["Limits, ours: " + ", ".join(f"{name} {within(name, name)}" for name in _LIMITS) + "."]
-    for distance, found in apart.items():
-        named = {name: f"{name} {found[name]}" for name in NAMES if name in found}
-        better = [text for name, text in named.items() if found[name].high < 0]
-        worse = [text for name, text in named.items() if found[name].low > 0]
-        untold = [text for text in named.values() if text not in better + worse]
-        parts.append(
-            f"{distance} of whole sets, ours minus the other (95 % interval over slices and held-out patients, one "
-            f"training each): lower than {', '.join(better) or 'none'}; higher than {', '.join(worse) or 'none'}; not "
-            f"told apart from {', '.join(untold) or 'none'}."
-        )
+    for distance, by_ours in apart.items():
+        for mine, found in by_ours.items():
+            named = {name: f"{name} {found[name]}" for name in NAMES if name in found}
+            better = [text for name, text in named.items() if found[name].high < 0]
+            worse = [text for name, text in named.items() if found[name].low > 0]
+            untold = [text for text in named.values() if text not in better + worse]
+            parts.append(
+                f"{distance} of whole sets, {mine} minus the other (95 % interval over slices and held-out patients, "
+                f"not over trainings): lower than {', '.join(better) or 'none'}; higher than "
+                f"{', '.join(worse) or 'none'}; not told apart from {', '.join(untold) or 'none'}."
+            )
     for method in (name for name in ("vae_prior", "vae_gaussian", "gan", "score") if name in by_method):
         kept = [name for name in _CONSISTENCY if of("ours", name) < of(method, name)]
         if len(kept) < len(_CONSISTENCY):
@@ -344,9 +366,10 @@ def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
         + "."
     )
     parts.append(
-        f"What open prompts show lies {of('ours', 'open_distance'):.3g} (total variation) from the training mixture; "
-        f"95 % of as large draws of training slices lie within {of('ours', 'open_limit'):.3g}: it "
-        f"{verdict(of('ours', 'open_distance') <= of('ours', 'open_limit'))}."
+        f"What open prompts show lies {of('ours', 'open_distance'):.3g} (total variation) from the training mixture, "
+        f"from which they are drawn; 95 % of as large draws of training slices lie within "
+        f"{of('ours', 'open_limit'):.3g}: it {verdict(of('ours', 'open_distance') <= of('ours', 'open_limit'))}. What "
+        f"the network shows that is told nothing lies {of('ours', 'open_unconditional'):.3g} from it."
     )
     return " ".join(parts)
 

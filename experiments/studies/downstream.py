@@ -38,13 +38,14 @@ from data_modules.paired_set import write_pairs
 from studies.downstream_plan import Plan
 from studies.downstream_scores import calibration
 from studies.rows import Row
+from studies.training import GUIDANCE
 
 FEW = (50, 100, 200)
 """Numbers of pairs at which starting from stage 2 is compared with starting from nothing, besides the study's own."""
 OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
 """Methods that are a file of experiments/finetune/methods."""
 UNTRAINED = ("identity", "gauss_oracle")
-SAMPLING = Sampling("dpm++2m", 20, guidance=1.5)
+SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
 
 

@@ -157,71 +157,86 @@ INGREDIENTS: dict[str, list[tuple[str, str]]] = {
 """What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
 
 
-LOWER = ("kid_conv", "sw_conv", "copy_rate")
+LOWER = ("kid_conv", "sw_conv")
 HIGHER = ("coverage_conv", "prompt_obeyed")
 NEARER = ("hl_residual", "seam_jump")
-JUDGED = LOWER + HIGHER + NEARER
-"""Numbers that are better when lower, higher, and nearer to those of real slices, whose distance is compared."""
+BELOW = ("copy_rate",)
+JUDGED = LOWER + HIGHER + NEARER + BELOW
+"""Numbers that are better when lower, when higher, when nearer to those of real slices (their distance is compared),
+and up to those of real slices (what is beyond is compared)."""
+COLUMNS = {
+    name: f"|{name} - real|" if name in NEARER else f"{name} beyond real" if name in BELOW else name for name in JUDGED
+}
 
 
 def contributions(outcome: Outcome) -> list[dict[str, Any]]:
-    """Say what each ingredient brings: the mean difference, with minus without it, over all n and seeds run both ways.
+    """Say what each ingredient brings for each n: the mean difference, with minus without it, over seeds run both ways.
 
-    Two trainings that differ in their seed alone differ, too. How much is estimated from all settings that have several
-    seeds (pooled variance); a difference is called one if it is beyond 95 % of Student's t with their degrees of
-    freedom.
+    Two trainings that differ in their seed alone differ, too. By how much is estimated for each n from what is left of
+    the numbers once settings and seeds, which share initial weights, prompts and noise, have had their means taken out
+    (a two-way analysis of variance without repetition). A difference is called one beyond 95 % of Student's t.
     """
     rows = {(row["n"], row["augmentation"], row["seed"]): row for row in outcome.done}
-    scatter = {number: _scatter(outcome, number) for number in JUDGED}
     lines = []
     for ingredient, kinds in INGREDIENTS.items():
-        pairs = [
-            (row, rows[n, without, seed])
-            for has, without in kinds
-            for (n, name, seed), row in rows.items()
-            if name == has and (n, without, seed) in rows
-        ]
-        line: dict[str, Any] = {"ingredient": ingredient, "pairs": len(pairs)}
-        lines.append(line)
-        for number in JUDGED if pairs else ():
-            middle = mean(_judged(a, number) - _judged(b, number) for a, b in pairs)
-            variance, freedom = scatter[number]
-            if not freedom:
-                line[number] = f"{middle:+.3g} (one seed each: no verdict)"
+        for n in sorted({n for n, _, _ in rows}):
+            pairs = [
+                (row, rows[n, without, seed])
+                for has, without in kinds
+                for (size, name, seed), row in rows.items()
+                if size == n and name == has and (n, without, seed) in rows
+            ]
+            if not pairs:
                 continue
-            error = (2 * variance / len(pairs)) ** 0.5
-            good = (middle > 0) == (number in HIGHER)
-            told = abs(middle) > float(student.ppf(0.975, freedom)) * error
-            word = ("better" if good else "worse") if told else "no difference"
-            line[number] = f"{middle:+.3g} ± {error:.2g} ({word})"
+            line: dict[str, Any] = {"ingredient": ingredient, "n": n, "pairs": len(pairs)}
+            for number in JUDGED:
+                middle = mean(_judged(a, number) - _judged(b, number) for a, b in pairs)
+                variance, freedom = _scatter(rows, n, number)
+                if not variance:
+                    line[COLUMNS[number]] = f"{middle:+.3g} (no verdict)"
+                    continue
+                error = (2 * variance / len(pairs)) ** 0.5
+                good = (middle > 0) == (number in HIGHER)
+                told = abs(middle) > float(student.ppf(0.975, freedom)) * error
+                word = ("better" if good else "worse") if told else "no difference"
+                line[COLUMNS[number]] = f"{middle:+.3g} ± {error:.2g} ({word})"
+            lines.append(line)
     return lines
 
 
 def _judged(row: dict[str, Any], number: str) -> float:
-    return float(abs(row[number] - row[f"{number}_floor"]) if number in NEARER else row[number])
+    if number in NEARER:
+        return float(abs(row[number] - row[f"{number}_floor"]))
+    return max(0.0, row[number] - row[f"{number}_floor"]) if number in BELOW else float(row[number])
 
 
-def _scatter(outcome: Outcome, number: str) -> tuple[float, int]:
-    """Variance of a number between seeds, pooled over settings, and its degrees of freedom."""
-    groups: dict[tuple[int, str], list[float]] = {}
-    for row in outcome.done:
-        groups.setdefault((row["n"], row["augmentation"]), []).append(_judged(row, number))
-    freedom = sum(len(values) - 1 for values in groups.values())
-    squares = sum((len(values) - 1) * stdev(values) ** 2 for values in groups.values() if len(values) > 1)
-    return (squares / freedom if freedom else 0.0), freedom
+def _scatter(rows: dict[tuple[int, str, int], dict[str, Any]], n: int, number: str) -> tuple[float, int]:
+    """Variance of a number between trainings of n slices that differ by chance alone, and its degrees of freedom."""
+    seeds = sorted({seed for size, _, seed in rows if size == n})
+    whole = [name for name in (*AUGMENTATIONS, *VARIANTS) if all((n, name, seed) in rows for seed in seeds)]
+    freedom = (len(whole) - 1) * (len(seeds) - 1)
+    if freedom < 1:
+        return 0.0, 0
+    values = [[_judged(rows[n, name, seed], number) for seed in seeds] for name in whole]
+    by_seed = [mean(column) for column in zip(*values, strict=True)]
+    left = [x - mean(line) - by_seed[j] + mean(by_seed) for line in values for j, x in enumerate(line)]
+    return sum(x**2 for x in left) / freedom, freedom
 
 
 def said(lines: Sequence[dict[str, Any]]) -> str:
     """Return the directions in sentences."""
-    parts = []
+    parts, verdicts = [], 0
     for line in lines:
-        numbers = {name: str(value) for name, value in line.items() if name not in ("ingredient", "pairs")}
+        numbers = {name: str(value) for name, value in line.items() if name in COLUMNS.values()}
+        if all("no verdict" in value for value in numbers.values()):
+            continue
+        verdicts += sum("no verdict" not in value for value in numbers.values())
         words = {word: [n for n, value in numbers.items() if f"({word})" in value] for word in ("better", "worse")}
         found = [f"{word} in {', '.join(names)}" for word, names in words.items() if names]
-        if numbers:
-            if any("no verdict" in value for value in numbers.values()):
-                found = ["no verdict from one seed"]
-            parts.append(f"{line['ingredient']}: {'; '.join(found) or 'no difference to be told from chance'}.")
+        text = "; ".join(found) or "no difference to be told from chance"
+        parts.append(f"{line['ingredient']} ({line['n']} slices): {text}.")
+    if verdicts:
+        parts.append(f"Of {verdicts} verdicts some {round(verdicts / 20)} are chance; ± is one standard error.")
     return " ".join(parts)
 
 
@@ -269,11 +284,15 @@ def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 2
     }
     if (50, "nothing") in by_group:
         sets["fewest"] = samples_of(folder, by_group[50, "nothing"])
-    kid = resampled(test[list(range(len(test)))], sets, draws=draws)
+    real = test[list(range(len(test)))]
+    kid = resampled(real.expected, real.patient_id, sets, draws=draws)
     difference = Difference.of(kid["few"], kid["many"])
     found: dict[str, Any] = {"best": best, "difference": difference.value, "low": difference.low}
     found |= {"high": difference.high, **{f"kid_{name}": float(values[0]) for name, values in kid.items()}}
-    said = f"KID with 500 slices and {best} minus KID with 2,000 slices and nothing, 95 % interval: {difference}"
+    said = (
+        f"KID with 500 slices and {best}, the best of {len(at_500)}, minus KID with 2,000 slices and nothing, with a "
+        f"95 % interval over slices and held-out patients, not over trainings: {difference}"
+    )
     if "fewest" not in sets:
         return {**found, "said": said + "; the row with 50 slices, which sets the scale, was not run."}
     limit = 0.05 * (found["kid_fewest"] - found["kid_real"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from allpet import Sampling
 from studies.rows import Row
-from studies.training import Bench, Budget, Recipe, facts, load, train
+from studies.training import GUIDANCE, Bench, Budget, Recipe, facts, load, train
 
 STEPS = (10, 20, 5, 50, 2, 1)
 SAMPLERS = ("dpm++2m", "ddim", "unipc", "ddpm")
@@ -29,11 +29,11 @@ def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe) -> list[Row]
     order += [(name, steps) for steps in STEPS for name in SAMPLERS if (name, steps) not in order]
     return [
         Row(
-            f"{name}-{steps}",
-            {**facts(Sampling(name, steps)), "n": recipe.n, "seed": recipe.seed, "samples": len(bench.rows())},
-            partial(_measure, bench, budget, model, recipe, Sampling(name, steps)),  # type: ignore[arg-type]
+            f"{how.sampler}-{how.steps}",
+            {**facts(how), "n": recipe.n, "seed": recipe.seed, "samples": len(bench.rows())},
+            partial(_measure, bench, budget, model, recipe, how),
         )
-        for name, steps in order
+        for how in (Sampling(name, steps, guidance=GUIDANCE) for name, steps in order)  # type: ignore[arg-type]
     ]
 
 

@@ -34,6 +34,8 @@ from data_modules import SimulatedPET, SinogramDataModule
 from data_modules.simulated import PAPER_PROMPTS
 
 VAL_PATIENTS, TEST_PATIENTS = 35, 70
+GUIDANCE = 1.5
+"""Of all samples of ours that a study does not guide otherwise."""
 HERE = Path(__file__).parents[1]
 Data = TypeVar("Data", bound=SinogramDataModule)
 System = TypeVar("System", bound=LightningModule)
@@ -279,7 +281,7 @@ class Bench:
             fake: as generated.
             prompt: what was asked for.
             n: training slices, for the copy test; 0 leaves it out.
-            noisy: add counting noise and compare with noisy slices; expected ones are compared otherwise.
+            noisy: compare with noisy slices; with expected ones otherwise.
         """
         test = self.held_out.test_set
         batch = test[list(range(len(test)))]
@@ -291,8 +293,6 @@ class Bench:
             train_set = self.data(n).train_set
             slices = train_set[list(range(len(train_set)))]
             training, training_patients = slices.expected, slices.patient_id
-        if noisy:
-            fake = renoise(fake, batch.sinogram, batch.expected)
         return evaluate(
             batch.sinogram if noisy else batch.expected,
             fake,
@@ -306,11 +306,24 @@ class Bench:
             real_prompts=batch.prompt,
         )
 
-    def judge_twice(self, fake: Tensor, prompt: Prompt, n: int) -> dict[str, float]:
-        """Return the numbers of ``judge``, those of ``power`` and, as ``renoised_NAME``, those among noisy slices."""
-        noisy = self.judge(fake, prompt, 0, noisy=True)
-        kept = {name: value for name, value in noisy.numbers.items() if name.startswith(("kid", "sw", "spectrum"))}
-        kept |= power(noisy)
+    def with_noise(self, fake: Tensor) -> Tensor:
+        """Add counting noise as strong as that of the held-out slices, see ``renoise``."""
+        test = self.held_out.test_set
+        batch = test[list(range(len(test)))]
+        return renoise(fake, batch.sinogram, batch.expected)
+
+    def judge_twice(self, fake: Tensor, prompt: Prompt, n: int, noisy: bool = False) -> dict[str, float]:
+        """Return the numbers of ``judge``, those of ``power`` and, as ``renoised_NAME``, those among noisy slices.
+
+        Args:
+            fake: as generated.
+            prompt: what was asked for.
+            n: training slices, for the copy test.
+            noisy: whether what is generated has its noise already; it is added otherwise.
+        """
+        among = self.judge(fake if noisy else self.with_noise(fake), prompt, 0, noisy=True)
+        kept = {name: value for name, value in among.numbers.items() if name.startswith(("kid", "sw", "spectrum"))}
+        kept |= power(among)
         expected = self.judge(fake, prompt, n)
         return expected.numbers | power(expected) | {f"renoised_{name}": value for name, value in kept.items()}
 
