@@ -228,7 +228,7 @@ def test_numbers_of_real_slices_are_what_is_aimed_at():
     line = words([row for row in elsewhere if row["augmentation"] != "both"] + pair)[
         "A seam, cropped, instead of zeros beyond the half turn", 500
     ]
-    assert "better" in line["|seam_jump - real|"], "real ones have .1"
+    assert "better" in line["seam_jump from real"], "real ones have .1"
     assert line["copy_rate beyond real"].startswith("+0 "), "so many real slices look like copies"
 
 

@@ -165,7 +165,7 @@ JUDGED = LOWER + HIGHER + NEARER + BELOW
 """Numbers that are better when lower, when higher, when nearer to those of real slices (their distance is compared),
 and up to those of real slices (what is beyond is compared)."""
 COLUMNS = {
-    name: f"|{name} - real|" if name in NEARER else f"{name} beyond real" if name in BELOW else name for name in JUDGED
+    name: f"{name} from real" if name in NEARER else f"{name} beyond real" if name in BELOW else name for name in JUDGED
 }
 
 
