@@ -36,6 +36,7 @@ def changed(path: str, value: object) -> dict:
         ("trainer.logger", {"class_path": "WandbLogger"}),
         ("data.init_args.folder", "/b"),
         ("run.root", "elsewhere"),
+        ("model.init_args.sampling", {"steps": 20}),
     ],
 )
 def test_length_loggers_and_paths_do_not_make_another_run(path, value):

@@ -33,6 +33,8 @@ _TRAINER_ASIDE = ("logger", "default_root_dir", "enable_progress_bar", "enable_m
 _ASIDE = ("config", "ckpt_path", "run", "scale", "subcommand", "weights_only")
 # Where the data lie: their content is in the data's hash.
 _DATA_ASIDE = ("folder", "cache", "num_workers")
+# How one samples later on does not change what is trained.
+_MODEL_ASIDE = ("sampling",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def fingerprint(config: dict[str, Any], data_hash: str, weights: str = "") -> st
     """Hash what determines a training.
 
     Args:
-        config: the resolved configuration of ``allpet fit``. ``trainer.max_*``, loggers, display and paths are aside.
+        config: the resolved configuration of ``allpet fit``. ``trainer.max_*``, loggers, display, paths and
+            ``model.sampling`` are aside.
         data_hash: content hash of the data.
         weights: hash of the pretrained weights it builds on, if any.
 
@@ -115,7 +118,7 @@ def fingerprint(config: dict[str, Any], data_hash: str, weights: str = "") -> st
         for key, value in (kept.get("trainer") or {}).items()
         if not key.startswith("max_") and key not in _TRAINER_ASIDE
     }
-    for stage, aside in (("data", _DATA_ASIDE), ("model", ("autoencoder",) if weights else ())):
+    for stage, aside in (("data", _DATA_ASIDE), ("model", (*_MODEL_ASIDE, "autoencoder") if weights else _MODEL_ASIDE)):
         part = kept.get(stage)
         if isinstance(part, dict) and isinstance(part.get("init_args"), dict):
             arguments = {key: value for key, value in part["init_args"].items() if key not in aside}
