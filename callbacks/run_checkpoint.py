@@ -37,6 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             save_last="link",
+            enable_version_counter=False,  # a resumed run would leave the link as it is and make another
             every_n_train_steps=every_n_steps,
             save_on_train_epoch_end=True,  # otherwise a save that falls on the end of an epoch waits for validation
         )

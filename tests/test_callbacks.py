@@ -50,7 +50,7 @@ def stage_2() -> LatentDiffusion:
     return LatentDiffusion(stage_1().autoencoder, denoiser, warmup_steps=1)
 
 
-def fit(folder, system, *watching, **options) -> Trainer:
+def fit(folder, system, *watching, resume=None, **options) -> Trainer:
     settings = {"max_steps": 4, "max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None, **options}
     trainer = Trainer(
         accelerator="cpu",
@@ -62,7 +62,7 @@ def fit(folder, system, *watching, **options) -> Trainer:
         enable_checkpointing=any(isinstance(watcher, callbacks.RunCheckpoint) for watcher in watching),
         **settings,
     )
-    trainer.fit(system, datamodule=TinyPET())
+    trainer.fit(system, datamodule=TinyPET(), ckpt_path=resume)
     return trainer
 
 
@@ -332,6 +332,18 @@ def test_the_last_step_is_saved_and_two_checkpoints_kept(options, tmp_path):
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step=00000006.ckpt", f"step={trainer.global_step:08d}.ckpt"]
     assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == names[-1]
+
+
+def test_the_link_to_the_last_checkpoint_follows_a_resumed_training(tmp_path):
+    folder = tmp_path / "checkpoints"
+    fit(tmp_path, stage_1(), callbacks.RunCheckpoint(every_n_steps=3), max_steps=3)
+    fit(tmp_path, stage_1(), callbacks.RunCheckpoint(every_n_steps=3), max_steps=6, resume=folder / "last.ckpt")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "last.ckpt",
+        "step=00000003.ckpt",
+        "step=00000006.ckpt",
+    ]
+    assert (folder / "last.ckpt").resolve().name == "step=00000006.ckpt"
 
 
 def test_a_raised_budget_goes_on_with_the_next_batch(tmp_path):
