@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allpet.pretrained import load_pretrained, save_pretrained
-from allpet.prompts import REGIONS, TRACERS, Prompt, count_prompts, draw_open
+from allpet.prompts import REGIONS, TRACERS, Prompt, count_prompts, draw_open, unseen
 from allpet.randomness import keyed_generator
 from allpet.scaling import Scaling
 
@@ -53,6 +53,12 @@ def test_open_halves_are_drawn_as_often_as_slices_have_them():
     assert draw("open:trunk") == pytest.approx({"FDG:trunk": 1 / 3, "PSMA:trunk": 2 / 3}, abs=0.04), "chests answer it"
     assert draw("DOPA:open", 10) == {"DOPA:open": 1}, "no slice could say"
     assert draw("DOPA:pelvis", 10) == {"DOPA:pelvis": 1}, "nothing is open"
+
+
+def test_prompts_that_no_slice_answers_are_named():
+    counts = count_prompts(Prompt.of(["FDG:brain", "PSMA:chest"]))
+    asked = ["FDG:brain", "PSMA:trunk", "open:open", "DOPA:open", "FDG:chest", "DOPA:open", "open:pelvis"]
+    assert unseen(Prompt.of(asked), counts) == ["DOPA:open", "FDG:chest", "open:pelvis"]
 
 
 def test_keyed_draws_depend_on_the_key_alone():

@@ -109,6 +109,23 @@ def count_prompts(known: Prompt) -> Tensor:
     return counts.view(len(TRACERS), len(REGIONS))
 
 
+def unseen(asked: Prompt, counts: Tensor) -> list[str]:
+    """Return the names of prompts that no slice answers, without repetition.
+
+    Args:
+        asked: index 0 leaves a half open.
+        counts: of slices, as from ``count_prompts``.
+    """
+    cells = _cells(counts)
+    found = dict.fromkeys(zip(asked.tracer.tolist(), asked.region.tolist(), strict=True))
+    pairs = [Prompt(torch.tensor([tracer]), torch.tensor([region])) for tracer, region in found]
+    return [pair.names()[0] for pair in pairs if not counts.flatten()[matches(pair, cells)].any()]
+
+
+def _cells(counts: Tensor) -> Prompt:
+    return Prompt(*(index.flatten() for index in torch.meshgrid(*map(torch.arange, counts.shape), indexing="ij")))
+
+
 def draw_open(asked: Prompt, counts: Tensor, generators: Sequence[torch.Generator]) -> Prompt:
     """Draw what prompts leave open in proportion to the slices that answer them; where none do it stays open.
 
@@ -117,7 +134,7 @@ def draw_open(asked: Prompt, counts: Tensor, generators: Sequence[torch.Generato
         counts: of slices, as from ``count_prompts``.
         generators: one CPU generator per prompt.
     """
-    cells = Prompt(*(index.flatten() for index in torch.meshgrid(*map(torch.arange, counts.shape), indexing="ij")))
+    cells = _cells(counts)
     drawn = []
     for tracer, region, generator in zip(asked.tracer.tolist(), asked.region.tolist(), generators, strict=True):
         answering = matches(Prompt(torch.tensor(tracer), torch.tensor(region)), cells)

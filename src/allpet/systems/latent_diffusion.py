@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
 from allpet.pretrained import building, load_pretrained, save_pretrained
-from allpet.prompts import Prompt, count_prompts, draw_open
+from allpet.prompts import Prompt, count_prompts, draw_open, unseen
 from allpet.randomness import keyed_generator
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName, check_label, log_mean
@@ -258,8 +259,16 @@ class LatentDiffusion(LatentSystem):
             )
         if self.geometry is None:
             raise RuntimeError("The training geometry is unknown: load the model with from_pretrained.")
-        if sampling.fill_open and self._aside.prompts is not None:
-            prompt = draw_open(prompt, self._aside.prompts, [keyed_generator(seed, "prompt") for seed in seeds])
+        known = self._aside.prompts
+        if known is not None and (strange := unseen(prompt, known)):
+            there = sorted(set(Prompt(*known.nonzero().unbind(1)).names()))
+            warnings.warn(
+                f"No training slice shows {', '.join(strange)}, so samples of it mean nothing; there are "
+                f"{', '.join(there)}.",
+                stacklevel=2,
+            )
+        if sampling.fill_open and known is not None:
+            prompt = draw_open(prompt, known, [keyed_generator(seed, "prompt") for seed in seeds])
         stacks = [
             self._sample_stack(
                 Prompt(prompt.tracer[start:stop], prompt.region[start:stop]),
