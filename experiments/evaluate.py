@@ -27,6 +27,7 @@ from allpet import AutoencoderSystem, ParallelBeam
 from allpet.evaluation import evaluate
 from allpet.randomness import keyed_generator
 from allpet.reports import FOLDER, table, write_report
+from allpet.runs import newest_pretrained
 from allpet.symmetry import resample
 from data_modules.files import sinogram_geometry
 from data_modules.folder import patients_of
@@ -107,12 +108,20 @@ def fitted(slices: Slices, geometry: ParallelBeam) -> Slices:
 
 
 def main(words: Sequence[str] | None = None) -> Path:
+    """Read, measure, write; return the page. What cannot be compared ends in one sentence."""
+    try:
+        return run(words)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"evaluate: {error}") from error
+
+
+def run(words: Sequence[str] | None) -> Path:
     """Read, measure, write; return the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, required=True, help="held-out real sinograms: folder or file")
     parser.add_argument("--fake", type=Path, required=True, help="generated sinograms: folder or file")
     parser.add_argument("--train", type=Path, help="sinograms that were trained on, for the copy test")
-    parser.add_argument("--encoder", type=Path, help="pretrained/ folder of a stage 1, for its latents")
+    parser.add_argument("--encoder", type=Path, help="a stage 1, run or pretrained/ folder, for its latents")
     parser.add_argument("--bin-mm", type=float, help="bin width where files do not say it")
     parser.add_argument("--most", type=int, default=MOST, help="slices taken of a set that has more (not of --train)")
     parser.add_argument("--seed", type=int, default=0, help="keys the choice of slices, splits and pictures")
@@ -126,7 +135,9 @@ def main(words: Sequence[str] | None = None) -> Path:
         train = fitted(read_slices(arguments.train, arguments.bin_mm), real.geometry)
     found = [f"{name}: {one.found}." for name, one in (("Real", real), ("Fake", fake), ("Trained on", train)) if one]
     print(*found, sep="\n")
-    encoder = None if arguments.encoder is None else AutoencoderSystem.from_pretrained(arguments.encoder).autoencoder
+    encoder = None
+    if arguments.encoder is not None:
+        encoder = AutoencoderSystem.from_pretrained(newest_pretrained(arguments.encoder)).autoencoder
     evaluation = evaluate(
         real.sinogram,
         fake.sinogram,

@@ -15,6 +15,7 @@ from torch import Tensor
 from allpet import ParallelBeam, Radon
 from allpet.evaluation import Evaluation, meaning
 from allpet.evaluation.copies import aligned
+from allpet.evaluation.verdicts import FEW
 from allpet.io.atomic import replacing
 from allpet.metrics import standard_image
 from allpet.randomness import keyed_generator
@@ -107,18 +108,22 @@ def write_document(path: Path, title: str, parts: list[str]) -> None:
 
 def summary(evaluation: Evaluation) -> str:
     """Say in one sentence how many numbers are as real."""
-    rows = [row for row in evaluation.rows() if row["verdict"]]
+    judged = [row for row in evaluation.rows() if row["verdict"]]
+    rows = [row for row in judged if row["verdict"] != FEW]
     fine = [row for row in rows if not is_fault(row["verdict"])]
     names = [row["number"] for row in rows if is_fault(row["verdict"])]
     rest = f"; not {', '.join(names)}" if names else ""
+    few = len(judged) - len(rows)
+    more = f" For {few} more there are too few slices to tell." if few else ""
     return (
         f"{len(fine)} of {len(rows)} numbers cannot be told from those of real slices, or lie on their good side{rest}."
+        f"{more}"
     )
 
 
 def is_fault(verdict: str) -> bool:
     """Whether a verdict says that samples are worse than real slices."""
-    return verdict not in ("", "as real", "below real", "above real")
+    return verdict not in ("", "as real", "below real", "above real", FEW)
 
 
 def number_table(evaluation: Evaluation) -> str:

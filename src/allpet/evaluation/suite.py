@@ -137,10 +137,14 @@ def evaluate(
     """
     others = [] if reference is None else [reference]
     for name, given, least in (("real", real, 12), ("fake", fake, 12), *(("reference", x, 12) for x in others)):
-        if given.ndim != 4 or tuple(given.shape[1:]) != (1, *geometry.sinogram_shape) or len(given) < least:
+        if given.ndim != 4 or tuple(given.shape[1:]) != (1, *geometry.sinogram_shape):
             raise ValueError(
-                f"The {name} sinograms have the shape {tuple(given.shape)}, but must be at least {least} of "
-                f"(1, {geometry.n_views}, {geometry.n_bins})."
+                f"The {name} sinograms have the shape {tuple(given.shape)}, but must be (slices, 1, "
+                f"{geometry.n_views}, {geometry.n_bins})."
+            )
+        if len(given) < least:
+            raise ValueError(
+                f"There are {len(given)} {name} sinograms, but at least {least} are compared; a hundred tell much more."
             )
     sets = [real, fake, *others]
     asked: list[Prompt | None] = [None] * len(sets)

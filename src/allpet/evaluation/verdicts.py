@@ -34,6 +34,10 @@ MEANING = {
 """By the beginning of a name: whether low, high, 1 or the same as of real slices is good, and what it is."""
 
 
+FEW = "too few slices to tell"
+"""The verdict where anything at all would pass."""
+
+
 def meaning(name: str) -> tuple[str, str]:
     """Return which values of a number are good (low, high, one, same, or empty), and what the number is."""
     return next(said for start, said in MEANING.items() if name.startswith(start))
@@ -53,7 +57,9 @@ def verdict(name: str, value: float, floor: float, std: float) -> str:
         return ""
     away = value - floor
     if abs(away) <= 2 * std + 1e-6 * abs(floor):
-        return "as real"
+        # where nothing at all would pass as well, there are too few slices to say so
+        blind = 2 * std >= {"high": floor, "same": floor, "one": 1.0}.get(good, float("inf"))
+        return FEW if blind and floor > 0 else "as real"
     if good == "one":
         return f"{abs(value - 1):.0%} too {'much' if value > 1 else 'little'}"
     side = "above" if away > 0 else "below"
