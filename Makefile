@@ -121,6 +121,9 @@ restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA=
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)
 
+held-out: $(READY) ## Write the slices that a run was not trained on, for evaluate's REAL (RUN=outputs/ldm ARGS="--part test")
+	$(BIN)/python experiments/held_out.py $(RUN) $(ARGS)
+
 evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numbers and pictures (REAL= FAKE= TRAIN= ENCODER=)
 	@test -n "$(REAL)" -a -n "$(FAKE)" || \
 		{ echo "Name two sets of sinograms: make evaluate REAL=folder FAKE=outputs/samples/001/samples.h5."; exit 1; }

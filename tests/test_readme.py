@@ -45,6 +45,7 @@ COMMANDS: dict[str, str | None] = {
     "make train-vae DATA=my_scans KIND=sinogram": FOLDER,
     "make train-ldm DATA=my_scans KIND=sinogram": FOLDER,
     "make evaluate REAL=my_scans FAKE=outputs/samples/001/samples.h5 ENCODER=outputs/vae/001/pretrained": "",
+    "make held-out": "--part=train --output=outputs/held_out/test.h5",
     "make test": None,  # this
     "make check": None,  # CI runs it
 }

@@ -14,15 +14,17 @@ from allpet.batches import unmasked_stack
 from allpet.consistency import Correction, consistency_numbers
 from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.suite import Evaluation, Spectrum
+from allpet.io import read_scan
 from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.sampling import Samples, Sampling
 from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import held_out
 from studies import baselines, few_shot
 from studies.intervals import Difference, resampled
 from studies.rows import Outcome, Row, collect, run_rows
-from studies.training import HERE, Bench, Budget, Recipe, batch_size, power, renoise, system_of_run
+from studies.training import HERE, Bench, Budget, Recipe, batch_size, data_of_run, power, renoise, system_of_run
 
 
 def counting(calls: list[str], name: str):
@@ -107,6 +109,31 @@ def test_the_system_of_a_run_is_whole_where_what_it_exports_is_not(tmp_path):
     assert isinstance(system, SinogramGAN)
     assert system.discriminator is not None
     assert system.penalty == 3.0
+
+
+def test_held_out_slices_of_a_run_are_those_of_its_data(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "ldm" / "001"
+    (run / "pretrained").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "pretrained" / "config.json").write_text("{}")
+    options = {"prompts": ["FDG:brain"], "num_scans": 4, "val_patients": 2, "test_patients": 2, "cache": None}
+    data = {"class_path": "data_modules.SimulatedPET", "init_args": options}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    monkeypatch.chdir(tmp_path)
+    for words, name in ((["ldm"], "test.h5"), (["ldm/001", "--noisy"], "test_noisy.h5")):
+        path = held_out.main(words)
+        assert path == Path("outputs/held_out") / name
+        scan = read_scan(path)
+        known = data_of_run(run, SimulatedPET)
+        batch = known.test_set[list(range(len(known.test_set)))]
+        wanted = batch.sinogram if "noisy" in name else batch.expected
+        torch.testing.assert_close(torch.from_numpy(scan.values), wanted[:, 0])
+        assert scan.geometry == known.geometry
+        assert len(set(scan.table["patient"])) == 2
+        assert set(scan.table["tracer"]) == {"FDG"}
+    assert "with noise" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="make train-ldm"):
+        held_out.main(["nowhere"])
 
 
 def test_batches_are_those_of_the_scale_that_a_recipe_names(tmp_path):
