@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from studies import baselines, compute, downstream, downstream_report, few_shot, steps
 from studies.downstream_plan import Plan
 from studies.rows import Outcome, run_rows
@@ -243,22 +244,31 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
         "spectrum_image_30mm": "power at 30 mm over real",
         "hl_residual": "Helgason-Ludwig residual",
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
     groups = sorted({str(row[by]) for row in done})
+    ticks = sorted({row[along] for row in done})
     for axis, (name, title) in zip(figure.subplots(2, 2).flat, names.items(), strict=True):
-        for group in groups:
+        for i, group in enumerate(groups):
+            aside = 1.025 ** (i - (len(groups) - 1) / 2)  # so that groups do not hide one another
             points = sorted((row[along], row[name]) for row in done if row[by] == group)
             places = sorted({x for x, _ in points})
             means = [sum(y for x, y in points if x == place) / sum(x == place for x, _ in points) for place in places]
-            (line,) = axis.plot(places, means, label=group)
-            axis.plot(*zip(*points, strict=True), "o", color=line.get_color(), markersize=4)
+            (line,) = axis.plot([aside * x for x in places], means, label=group, color=f"C{i}" if i < 10 else "black")
+            axis.plot([aside * x for x, _ in points], [y for _, y in points], "o", color=line.get_color(), markersize=4)
         axis.axhline(sum(row[f"{name}_floor"] for row in done) / len(done), color="black", linestyle="--", linewidth=1)
         axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(label)
-        axis.set_title(f"{title} (dashed: held-out slices)", fontsize=9)
+        axis.set_title(title, fontsize=9)
         if min(row[name] for row in done) > 0:
             axis.set_yscale("log")
-    figure.axes[0].legend(fontsize=8)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 5, 7)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.set_yticks([], minor=True)
+            axis.tick_params(axis="y", labelsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.suptitle("Dots: trainings; lines: their means; dashed: one half of the held-out patients beside the other")
     return figure
 
 
