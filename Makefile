@@ -31,18 +31,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 CHECK_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 SCALE_FILE := experiments/scale/$(SCALE).yaml
+ifeq ($(wildcard $(SCALE_FILE)),)
+$(error There is no $(SCALE_FILE): name a scale that there is, such as SCALE=laptop or SCALE=gpu24)
+endif
 
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
 # files after it have said. Sinograms keep their own views and bins; images are projected to SCALE's.
+PROMPT_ARGS = $(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
 DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
-	--data.geometry null --data.image_geometry '$${...scale.geometry}')
+	--data.geometry null --data.image_geometry '$${...scale.geometry}' $(PROMPT_ARGS))
 FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) $(ARGS)
 SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
-SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) \
-	$(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
+SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) $(PROMPT_ARGS)
 PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
 RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
 	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) $(if $(SEED),--data.seed $(SEED))
@@ -81,7 +84,7 @@ format: $(READY) ## Format the code and sort its imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= SCALE=); the same command resumes
+train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= PROMPT= SCALE=); the same command resumes
 	$(call FIT,vae)
 
 train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
