@@ -102,7 +102,8 @@ class SampleWriter(Callback):
                     file["sinogram"][: self.n_gallery], file["image"][: self.n_gallery], names, seeds, strict=False
                 )
             ]
-        written = [path, save_figure(gallery(shown), folder / "gallery.png")]
+        counts = getattr(getattr(pl_module, "sampling", None), "counts", None)
+        written = [path, save_figure(gallery(shown, counts), folder / "gallery.png")]
         asked = names[: self.n_transition], seeds[: self.n_transition]
         if asked[0] and isinstance(pl_module, LatentDiffusion):  # others have nothing in between to show
             written.append(transition(pl_module, *asked, folder / "transition.gif"))
@@ -121,11 +122,12 @@ class SampleWriter(Callback):
         return Path(trainer.default_root_dir) / f".samples-{rank}.h5.part"
 
 
-def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], n_columns: int = 4) -> Any:
+def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], counts: float | None = None, n_columns: int = 4) -> Any:
     """Draw sinograms, each with its image to the right.
 
     Args:
         samples: sinogram ``(views, bins)``, image ``(rows, columns)`` and title of each.
+        counts: of the noise that was added; None for none.
         n_columns: samples per row.
 
     Returns:
@@ -137,7 +139,9 @@ def gallery(samples: Sequence[tuple[Tensor, Tensor, str]], n_columns: int = 4) -
     ]
     starts = range(0, len(tiles), n_columns)
     rows = [[tile for pair in tiles[start : start + n_columns] for tile in pair] for start in starts]
-    return draw_grid(rows, [""] * len(rows), "synthetic sinograms and their reconstructions")
+    noise = "without noise" if counts is None else f"noise of {counts:.3g} counts"
+    title = f"synthetic sinograms and reconstructions,\n{noise}, each in its own range"
+    return draw_grid(rows, [""] * len(rows), title)
 
 
 def transition(system: LatentDiffusion, prompts: Sequence[str], seeds: Sequence[int], path: str | Path) -> Path:
