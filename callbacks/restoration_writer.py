@@ -218,7 +218,7 @@ def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]
             deviations = parts.get(f"{result}_std")
             if deviations is not None:
                 widest = top(deviations)
-                row += [Tile(one, (0, widest), f"standard deviation, to {widest:.3g}") for one in deviations]
+                row += [Tile(one, (0, widest), f"std, to {widest:.3g}") for one in deviations]
             if f"{domain} attended" in parts:
                 row.append(Tile(parts[f"{domain} attended"], (0, 1), "attended to"))
             rows.append(row)
