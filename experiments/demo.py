@@ -33,7 +33,7 @@ from data_modules import SimulatedPET
 
 KINDS = ("expected", "noisy", "reconstructed", "generated")
 # Fresh noise at every step lets DDPM mend the errors of so short a training; more steps improve nothing.
-SAMPLING = Sampling("ddpm", steps=50)
+SAMPLING = Sampling("dpm++2m", steps=20)
 NUMBERS = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
 
 

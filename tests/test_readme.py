@@ -110,7 +110,7 @@ def test_the_commands_work_in_the_order_given(place):
 
 def test_the_python_example_works(place, monkeypatch):
     monkeypatch.chdir(place)
-    exec(PYTHON.replace("steps=100", "steps=2"), {})
+    exec(PYTHON.replace("steps=20", "steps=2"), {})
 
 
 def check_demo(place: Path, output: str) -> None:
@@ -144,6 +144,6 @@ def test_programs_start_as_they_are_called(command, place):
 @pytest.mark.slow
 def test_everything_works_in_processes_of_its_own_at_its_own_size(real_place):
     check_commands(real_place, run)
-    code = PYTHON.replace("steps=100", "steps=2")
+    code = PYTHON.replace("steps=20", "steps=2")
     subprocess.run([sys.executable, "-c", code], cwd=real_place, check=True, timeout=300)
     check_demo(real_place, run(real_place, "make demo", COMMANDS["make demo"]))
