@@ -35,9 +35,10 @@ ifeq ($(wildcard $(SCALE_FILE)),)
 $(error There is no $(SCALE_FILE): name a scale that there is, such as SCALE=laptop or SCALE=gpu24)
 endif
 
+PROMPT_ARGS = $(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
+
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
 # files after it have said. Sinograms keep their own views and bins; images are projected to SCALE's.
-PROMPT_ARGS = $(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
 DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
 	--data.geometry null --data.image_geometry '$${...scale.geometry}' $(PROMPT_ARGS))
 FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) $(ARGS)
@@ -87,7 +88,7 @@ format: $(READY) ## Format the code and sort its imports
 train-vae: $(READY) ## Stage 1: train the autoencoder (DATA= KIND= PROMPT= SCALE=); the same command resumes
 	$(call FIT,vae)
 
-train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 of the same data
+train-ldm: $(READY) ## Stage 2: train the latent diffusion on the newest stage 1 (say DATA= KIND= PROMPT= SCALE= as for it)
 	$(call FIT,ldm)
 
 finetune: $(READY) ## A downstream task (TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS= DATA=)

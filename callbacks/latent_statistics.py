@@ -77,10 +77,9 @@ class LatentStatistics(Callback):
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:
             print(f"Latents, standardised, on the validation set: std {_text(scaled_std)}, mean {_text(scaled_mean)}")
-            period = 2 * data.geometry.bin_mm * (POINTS - 1) / max(int(gain.argmax()), 1)
-            print(
-                f"Samples get back power that reconstructions lack: at most x {gain.max() ** 2:.2f}, at {period:.0f} mm"
-            )
+            if gain.max() > 1:
+                period = 2 * data.geometry.bin_mm * (POINTS - 1) / int(gain.argmax())
+                print(f"Power that samples get back: at most {gain.max() ** 2:.2f} times their own, at {period:.0f} mm")
             if not ((scaled_std - 1).abs() <= self.tolerance).all():
                 print(
                     f"WARNING: a channel's standard deviation is not 1 +- {self.tolerance:g}: training and validation "

@@ -32,7 +32,6 @@ from callbacks.figures import Tile, draw_grid, save_animation, save_figure, top
 from data_modules import SimulatedPET
 
 KINDS = ("expected", "noisy", "reconstructed", "generated")
-# Fresh noise at every step lets DDPM mend the errors of so short a training; more steps improve nothing.
 SAMPLING = Sampling("dpm++2m", steps=20)
 NUMBERS = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
 

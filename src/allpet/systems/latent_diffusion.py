@@ -154,8 +154,8 @@ class LatentDiffusion(LatentSystem):
     def on_fit_start(self) -> None:
         """Count prompts and encode ``latent_views`` views of every training slice, in a fixed order, resumed or not.
 
-        The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``;
-        without one there are no views, and what prompts leave open is not drawn.
+        The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``.
+        A fit without one needs ``latent_views`` and ``linear_rank`` of 0, and counts no prompts.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None:
