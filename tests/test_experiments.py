@@ -128,7 +128,7 @@ def test_a_bridge_fits_and_starts_from_its_stage_2(scale, capsys):
     given = resolved(capsys, "fit", *words(files))["model"]["init_args"]["denoiser"]["init_args"]
     stage2 = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", scale)))["model"]["init_args"]["denoiser"]
     assert given["label_size"] == LABEL_SIZE
-    assert given["condition_channels"] == given["latent_channels"]
+    assert given["condition_channels"] == 2 * given["latent_channels"]  # source, and input as measured
     with torch.device("meta"):
         networks = allpet.Denoiser(**given), allpet.Denoiser(**stage2["init_args"])
     shapes = [{name: tuple(value.shape) for name, value in network.state_dict().items()} for network in networks]

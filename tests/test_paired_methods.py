@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 from tiny_pairs import TinyPairs
 from tiny_pet import GEOMETRY
 from torch import Tensor
@@ -24,13 +26,14 @@ from allpet import (
     Diffusion,
     LatentBridge,
     PixelSpace,
+    Radon,
     symmetry,
 )
 from allpet.conditions import LABEL_SIZE
-from allpet.metrics import psnr
+from allpet.metrics import moment_residuals, psnr
 from allpet.systems.focus import Focus
 from allpet.systems.paired import PairedSystem
-from allpet.systems.simple_methods import GaussOracle, Identity
+from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 
 DDBM = {
     "bridge": Bridge("vp", first=1e-4, end_share=0.0),
@@ -45,6 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ddbm": DDBM,
     "regression": {**REGRESSION, "loss": "l1"},
     "pixels": {**REGRESSION, "autoencoder": PixelSpace},
+    "reprojected": {"reproject": 2, "attention": AttentionUse(("gain", "channel"))},
+    "pixels reprojected": {**REGRESSION, "autoencoder": PixelSpace, "reproject": 2},
     "conditional": {"kind": ConditionalDiffusion, "sampling": ConditionalSampling(nfe=3)},
 }
 
@@ -69,7 +74,7 @@ def make(
     space = autoencoder()
     channels = space.latent_channels
     attention = given.get("attention")
-    extra = int(attention is not None and "channel" in attention.uses)
+    extra = int(attention is not None and "channel" in attention.uses) + channels * bool(given.get("reproject"))
     settings = {"layers_per_block": 1, "attention": (False, True), "head_channels": 8, "label_size": LABEL_SIZE}
     denoiser = Denoiser(channels, channels + extra, (8, 16), **settings)
     return kind(space, denoiser, **{"learning_rate": 1e-3, "warmup_steps": 1, **given})
@@ -168,7 +173,8 @@ def test_conditional_diffusion_finds_what_a_perfect_network_knows(sampler, data,
     sampling = ConditionalSampling(sampler=sampler, nfe=4)
     torch.testing.assert_close(system.draw(source, Focus(source), asked(2), generators, sampling), target)
     errors = system.errors(target, source, Focus(source), asked(2), generators)
-    assert errors.abs().max() < 1e-4
+    assert errors.residual.abs().max() < 1e-4
+    torch.testing.assert_close(errors.clean, target)
 
 
 def test_l1_is_the_mean_distance(data, tmp_path):
@@ -176,9 +182,111 @@ def test_l1_is_the_mean_distance(data, tmp_path):
     batch, drawn = data.train_set[[0, 1]], []
     errors = system.errors
     system.errors = lambda *given: drawn.append(errors(*given)) or drawn[-1]
-    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].abs().mean())
+    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].residual.abs().mean())
     system.loss = "l2"
-    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].square().mean())
+    torch.testing.assert_close(system._loss(batch, ("x",)), drawn[0].residual.square().mean())
+
+
+@pytest.mark.parametrize("name", ["bridge", "conditional"])
+def test_the_error_of_the_sinogram_is_that_of_what_is_decoded(name, data, tmp_path):
+    """A network that knows the target's latent is left with what stage 1 loses, and gradients reach it."""
+    system = awake(fitted(tmp_path, data, 1, sinogram_weight=3.0, **METHODS[name]))
+    batch = data.train_set[[0, 1, 2]]
+    errors = system.errors
+    wanted, _ = system._latents(batch)
+    decoded = system._decode(wanted, GEOMETRY.sinogram_shape)
+    lost = ((decoded - batch.noisy).square().sum((1, 2, 3)) / batch.noisy.square().sum((1, 2, 3))).mean()
+    system.errors = lambda *given: errors(*given)._replace(clean=wanted)
+    whole = system._loss(batch, ("x",))
+    system.sinogram_weight = 0.0
+    torch.testing.assert_close(whole - system._loss(batch, ("x",)), 3 * lost, rtol=1e-3, atol=1e-6)
+    system.errors = errors
+    clean = system.errors(
+        wanted,
+        system._latents(batch)[1],
+        system.focus(system._scaled(batch), *[system._latents(batch)[1], 1.0]),
+        Condition.of_pairs(batch),
+        [torch.Generator().manual_seed(i) for i in range(3)],
+    ).clean
+    system._sinogram_error(clean, batch, None).backward()
+    assert system.denoiser.unet.conv_out.weight.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in system.autoencoder.parameters())
+
+
+def test_two_targets_are_judged_together():
+    """An empty target, as of a tracer that shows nothing, divides by nothing."""
+    data = TinyPairs("separation")
+    data.setup()
+    system = make().eval()
+    batch = data.train_set[[0, 1]]
+    batch = batch._replace(noisy=torch.cat([batch.noisy[:, :1], 0 * batch.noisy[:, :1]], dim=1))
+    latents = system._latents(batch)[0]
+    error = system._sinogram_error(latents, batch, None)
+    decoded = system._decode(latents, GEOMETRY.sinogram_shape).view_as(batch.noisy)
+    expected = (decoded - batch.noisy).square().sum((1, 2, 3)) / batch.noisy.square().sum((1, 2, 3))
+    torch.testing.assert_close(error, expected.mean())
+    doubled = system._sinogram_error(latents, batch, torch.full((4, 1, 1, 1), 2.0).expand(-1, -1, 16, 16))
+    torch.testing.assert_close(doubled, 2 * error)
+
+
+# -------------------------------------------------------------------------------------------------- reprojection
+
+
+def test_a_bridge_starts_where_an_image_could_have_caused_it(data, tmp_path):
+    """What no image causes is gone from the source, but not hidden from the network."""
+    system = awake(fitted(tmp_path, data, 1, reproject=2))
+    given = data.test_set[[0, 1]].input
+    source = system.starting(given)
+    assert moment_residuals(source, GEOMETRY, 1).max() < 0.25 * moment_residuals(given, GEOMETRY, 1).min()
+    total = given.clamp_min(0).sum((1, 2, 3))
+    torch.testing.assert_close(source.sum((1, 2, 3)), total, rtol=0.1, atol=0)  # noise lies outside the image, too
+    torch.testing.assert_close(system.starting(7 * given), 7 * source)
+    seen = []
+    denoise = system.draw
+    system.draw = lambda *args: seen.append((args[0], args[1].further)) or denoise(*args)
+    changed = given + 0.3 * given.mean() * torch.linspace(-1, 1, given.shape[-2])[:, None]  # totals of views differ
+    for inputs in (given, changed):
+        system.restore(inputs, asked(2), [1, 2], BridgeSampling(nfe=1))
+    ratio = system.input_scale(asked(2).task)
+    torch.testing.assert_close(seen[0][0], system._encode(source / ratio))
+    far = [float((second - first).norm() / first.norm()) for first, second in zip(*seen, strict=True)]
+    assert far[1] > 2 * far[0]
+
+
+def test_what_the_network_is_given_besides_has_unit_size(data, tmp_path):
+    system = fitted(tmp_path, data, 1, reproject=1)
+    batch = data.train_set[list(range(12))]
+    given = batch.input / system.input_scale(batch.task)
+    further = system.focus(given, system._encode(given), 1.0).further
+    torch.testing.assert_close(further.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(further.var((0, 2, 3)), torch.ones(4), rtol=1e-4, atol=0)
+
+
+def test_what_was_trained_before_inputs_were_reprojected_is_still_read(data, tmp_path):
+    system = awake(fitted(tmp_path / "fit", data, 1))
+    system.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    del config["reproject"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "out/model.safetensors")
+    del weights["given_moments"]
+    save_file(weights, tmp_path / "out/model.safetensors")
+    loaded = LatentBridge.from_pretrained(tmp_path / "out")
+    given = data.test_set[[0]].input
+    ours, theirs = (one.restore(given, asked(1), [0]).mean for one in (system, loaded))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    state = {name: value for name, value in system.state_dict().items() if name != "given_moments"}
+    checkpoint = {"state_dict": state}
+    system.on_load_checkpoint(checkpoint)
+    make().load_state_dict(checkpoint["state_dict"])
+
+
+def test_reprojecting_needs_a_geometry():
+    system = make(reproject=2).eval()
+    with pytest.raises(RuntimeError, match="nothing is reprojected: train on data first"):
+        system.restore(torch.rand(1, 1, 16, 16), asked(1), [0])
+    with pytest.raises(ValueError, match="reproject is -1, but must be a number of iterations, or 0"):
+        make(reproject=-1)
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -221,7 +329,7 @@ def test_the_target_is_never_looked_at(data):
     for change in (1.0, 0.0, 7.0):
         system._loss(batch._replace(noisy=change * batch.noisy, expected=change * batch.expected), ("x",))
     for other in seen[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True))
+        assert all(torch.equal(one, two) for one, two in zip(seen[0], other, strict=True) if one is not None)
 
 
 def test_gain_emphasises_the_condition_and_not_the_source(data):
@@ -230,7 +338,7 @@ def test_gain_emphasises_the_condition_and_not_the_source(data):
     attended = system.attention(given, roi(5, 6), 2.0)
     focus = system.focus(given, source, 2.0, roi(5, 6))
     torch.testing.assert_close(focus.source, system._encode(given * attended))
-    assert focus.channel is None
+    assert focus.further is None
     assert focus.weight is None
     assert system.focus(given, source, 0.0).source.equal(source)
 
@@ -240,12 +348,12 @@ def test_channel_and_weight_lie_on_the_grid_of_the_latent(data):
     source = system._encode(given)
     focus = system.focus(given, source, 1.5, roi(3, 11))
     assert focus.source is source
-    assert focus.channel.shape == focus.weight.shape == (2, 1, *source.shape[2:])
+    assert focus.further.shape == focus.weight.shape == (2, 1, *source.shape[2:])
     extra = system.attention(given, roi(3, 11), 1.5) - 1
-    torch.testing.assert_close(focus.channel.mean((2, 3)), extra.mean((2, 3)))
+    torch.testing.assert_close(focus.further.mean((2, 3)), extra.mean((2, 3)))
     torch.testing.assert_close(focus.weight.mean((1, 2, 3)), torch.ones(2))
-    half = system.focus(given, source, 0.75, roi(3, 11)).channel
-    torch.testing.assert_close(2 * half, focus.channel)
+    half = system.focus(given, source, 0.75, roi(3, 11)).further
+    torch.testing.assert_close(2 * half, focus.further)
 
 
 def test_a_seam_goes_on_as_sinograms_do():
@@ -271,8 +379,8 @@ def test_attention_weights_the_loss(data):
     weighted = system._loss(batch, ("x",))
     error, weight = drawn[0]
     assert weight.std() > 0.01
-    torch.testing.assert_close(weighted, (weight * error.square()).mean())
-    torch.testing.assert_close(plain._loss(batch, ("x",)), error.square().mean())
+    torch.testing.assert_close(weighted, (weight * error.residual.square()).mean())
+    torch.testing.assert_close(plain._loss(batch, ("x",)), error.residual.square().mean())
 
 
 def test_training_draws_strengths_and_evaluation_the_same_ones(data):
@@ -308,8 +416,13 @@ def test_impossible_uses_are_refused(wrong, sentence):
 
 def test_a_denoiser_without_room_for_attention_is_refused():
     denoiser = Denoiser(4, 4, (8, 16), attention=(False, False), label_size=LABEL_SIZE)
-    with pytest.raises(ValueError, match="with attention as a channel, needs 4, 5 and"):
-        LatentBridge(Autoencoder((8, 16)), denoiser, attention=AttentionUse())
+    for more, sentence in (
+        ({"attention": AttentionUse()}, "with attention as a channel needs 4, 5 and"),
+        ({"attention": AttentionUse(), "reproject": 2}, "with reproject and attention as a channel needs 4, 9 and"),
+        ({"reproject": 2}, "over this autoencoder with reproject needs 4, 8 and"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            LatentBridge(Autoencoder((8, 16)), denoiser, **more)
 
 
 # ------------------------------------------------------------------------------------------------ without training
@@ -344,6 +457,25 @@ def test_the_oracle_is_the_best_of_its_widths_and_beats_the_input(data):
             assert score(other) <= best + 1e-4
     clean = GaussOracle(GEOMETRY).fit(batch.expected, batch.expected)
     assert clean.fwhm == (0.0, 0.0)
+
+
+def test_the_reconstruction_oracle_is_the_best_of_its_choices(data):
+    batch = data.train_set[list(range(12))]
+    radon = Radon(GEOMETRY)
+    oracle = OsemOracle(radon, (1, 3), (0.0, 40.0, 80.0)).fit(batch.input, batch.expected)
+
+    def score(method: Identity) -> float:
+        return float(psnr(method.restore(batch.input).mean, batch.expected).mean())
+
+    best = score(oracle)
+    for iterations in oracle.iterations:
+        for width in oracle.widths_mm:
+            other = OsemOracle(radon, (iterations,), (width,)).fit(batch.input, batch.expected)
+            assert other.chosen == (iterations, width)
+            assert score(other) <= best + 1e-4
+    assert best > score(Identity().fit(batch.input, batch.expected)) + 1
+    result = oracle.restore(batch.input).mean
+    assert moment_residuals(result, GEOMETRY, 1).max() < 0.01
 
 
 def test_the_oracle_blurs_over_the_seam(data):

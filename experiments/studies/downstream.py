@@ -33,7 +33,7 @@ from allpet.simulation.tasks import TASKS
 from allpet.systems.pair_synthesis import PHYSICS, synthesise_pairs
 from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
-from allpet.systems.simple_methods import GaussOracle, Identity
+from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 from data_modules.paired_set import write_pairs
 from studies.downstream_plan import Plan
 from studies.downstream_scores import calibration
@@ -44,7 +44,7 @@ FEW = (50, 100, 200)
 """Numbers of pairs at which starting from stage 2 is compared with starting from nothing, besides the study's own."""
 OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
 """Methods that are a file of experiments/finetune/methods."""
-UNTRAINED = ("identity", "gauss_oracle")
+UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
 
@@ -211,6 +211,10 @@ def _untrained(plan: Plan, method: str) -> Line:
     pairs = plan.held_out.pairs
     if method == "identity":
         return Line(_facts(0), restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
+    if method == "osem_oracle":
+        reconstruction = OsemOracle(plan.held_out.radon).fit(pairs.input, pairs.expected)
+        chosen = dict(zip(("iterations", "fwhm_mm"), reconstruction.chosen, strict=True))
+        return Line(_facts(0), restore(plan, reconstruction.restore).mean, chosen)
     oracle = GaussOracle(plan.data.geometry).fit(pairs.input, pairs.expected)
     widths = {"fwhm_bins": oracle.fwhm[0], "fwhm_views": oracle.fwhm[1]}
     return Line(_facts(0), restore(plan, oracle.restore).mean, widths)

@@ -203,8 +203,19 @@ def standard_image(radon: Radon, sinogram: Tensor, filter_mm: float = 4.0) -> Te
     g = radon.geometry
     subsets = next(n for n in range(14, 0, -1) if g.n_views % n == 0)
     image = osem(radon, sinogram.clamp_min(0), 3, subsets)
-    index = torch.arange(g.image_size)
-    variance = (filter_mm / g.pixel_mm) ** 2 / (8 * math.log(2))
+    return blur_image(image, g, filter_mm)
+
+
+def blur_image(image: Tensor, geometry: ParallelBeam, fwhm_mm: float) -> Tensor:
+    """Blur by a discrete Gaussian, which keeps totals but at the edges.
+
+    Args:
+        image: ``(batch, 1, rows, columns)``.
+        geometry: whose pixels it has.
+        fwhm_mm: full width at half maximum; 0 changes nothing.
+    """
+    index = torch.arange(geometry.image_size)
+    variance = (fwhm_mm / geometry.pixel_mm) ** 2 / (8 * math.log(2))
     blur = torch.from_numpy(special.ive(index.numpy(), variance))[(index[:, None] - index).abs()].to(image)
     return blur @ image @ blur
 

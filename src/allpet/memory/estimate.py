@@ -28,7 +28,6 @@ from allpet.prompts import Prompt
 from allpet.simulation.tasks import PairedBatch
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import CosineSystem
-from allpet.systems.focus import Focus
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.latents import LatentSystem
 from allpet.systems.paired import PairedSystem
@@ -238,16 +237,12 @@ def _count_gradients(system: CosineSystem, counter: LiveBytes) -> None:
 
 
 def _without_data(system: Any, training: Training) -> None:
-    """Tell a system what it would take from its data, and let attention cost what it costs without a projector."""
+    """Tell a system what it would take from its data, and let it cost what it costs without a projector."""
     system.geometry = training.geometry
-    if isinstance(system, PairedSystem) and system.attention_use is not None:
-        uses, pool = system.attention_use.uses, system.autoencoder.pool
-
-        def focus(given: Tensor, source: Tensor, *_: Any) -> Focus:
-            pooled = pool(given)
-            return Focus(source, pooled if "channel" in uses else None, pooled if "loss" in uses else None)
-
-        system.focus = focus  # type: ignore[assignment, method-assign]
+    if isinstance(system, PairedSystem):
+        system.starting = lambda given: given  # type: ignore[method-assign]
+        if system.attention_use is not None:
+            system.attend = lambda given, *_: given  # type: ignore[method-assign]
 
 
 def _encode_ahead(system: CosineSystem, training: Training) -> None:

@@ -23,7 +23,7 @@ from allpet.models.denoiser import Denoiser
 from allpet.models.pixel_space import PixelSpace
 from allpet.systems.base import OptimizerName
 from allpet.systems.focus import AttentionUse, Focus
-from allpet.systems.paired import PairedSampling, PairedSystem
+from allpet.systems.paired import Errors, PairedSampling, PairedSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +56,16 @@ class ConditionalDiffusion(PairedSystem):
 
     Args:
         autoencoder: the trained stage-1 network, or a folder that holds it, of stage 1 or 2; or ``PixelSpace``.
-        denoiser: the network to train, with as many condition as latent channels (one more where attention is a
-            channel) and ``label_size`` LABEL_SIZE.
+        denoiser: the network to train, with as many condition as latent channels (twice as many with ``reproject``, and
+            one more where attention is a channel) and ``label_size`` LABEL_SIZE.
         diffusion: noise schedule and training target.
         initialise: whether to start from the denoiser in the folder of a stage 2, last layer included: it learned the
             same with nothing beside.
         target: "noisy": what a scanner would give, as a user's pairs are; "expected": without noise (simulator).
         loss: "l2" or "l1".
+        sinogram_weight: of the error of what the prediction decodes to, see ``PairedSystem``.
         attention: what is made of transparent medical attention; None for nothing.
+        reproject: iterations of OSEM after which the input's image is projected again, see ``PairedSystem``.
         learning_rate: peak of the cosine schedule.
         warmup_steps: steps of linear warm-up.
         weight_decay: decoupled weight decay.
@@ -84,7 +86,9 @@ class ConditionalDiffusion(PairedSystem):
         initialise: bool = True,
         target: Literal["noisy", "expected"] = "noisy",
         loss: Literal["l2", "l1"] = "l2",
+        sinogram_weight: float = 0.0,
         attention: AttentionUse | None = None,
+        reproject: int = 0,
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
@@ -100,7 +104,9 @@ class ConditionalDiffusion(PairedSystem):
             True,
             target,
             loss,
+            sinogram_weight,
             attention,
+            reproject,
             learning_rate,
             warmup_steps,
             weight_decay,
@@ -115,8 +121,8 @@ class ConditionalDiffusion(PairedSystem):
         """Predict the training target of noisy standardised latents ``(batch, channels, rows, columns)``."""
         moments = PairStatistics(*self.moments.to(noisy))
         given = _standardise(focus.source, moments.source_mean, moments.source_variance)
-        if focus.channel is not None:
-            given = torch.cat([given, focus.channel], dim=1)
+        if focus.further is not None:
+            given = torch.cat([given, focus.further], dim=1)
         return self.denoiser(noisy, time, condition.prompt, given, condition.label().to(noisy))
 
     def errors(
@@ -126,14 +132,16 @@ class ConditionalDiffusion(PairedSystem):
         focus: Focus,
         condition: Condition,
         generators: Sequence[torch.Generator],
-    ) -> Tensor:
+    ) -> Errors:
         """Return the error of the velocity, or of the noise."""
         moments = PairStatistics(*self.moments.to(target))
         clean = _standardise(target, moments.target_mean, moments.target_variance)
         time = torch.cat([self.diffusion.draw_times(1, generator) for generator in generators]).to(self.device)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators]).to(clean)
-        prediction = self(self.diffusion.add_noise(clean, noise, time), time, condition, focus).float()
-        return prediction - self.diffusion.target(clean, noise, time)
+        noisy = self.diffusion.add_noise(clean, noise, time)
+        prediction = self(noisy, time, condition, focus).float()
+        found = self._in_latents(self.diffusion.to_clean(noisy, prediction, time))
+        return Errors(prediction - self.diffusion.target(clean, noise, time), found)
 
     def draw(
         self,
@@ -145,7 +153,6 @@ class ConditionalDiffusion(PairedSystem):
         progress: bool = False,
     ) -> Tensor:
         """Denoise from noise."""
-        moments = PairStatistics(*self.moments.to(source))
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:
             return self(x, time, condition, focus)
@@ -155,8 +162,7 @@ class ConditionalDiffusion(PairedSystem):
             drawn = sample_ddim(denoise, source.shape[1:], generators, self.diffusion, eta=sampling.eta, **given)
         else:
             drawn = sample_ddpm(denoise, source.shape[1:], generators, self.diffusion, **given)
-        mean, variance = (values[:, None, None] for values in (moments.target_mean, moments.target_variance))
-        return drawn * variance.sqrt() + mean
+        return self._in_latents(drawn)
 
     def quick_sampling(self) -> ConditionalSampling:
         """Return ten steps of DDIM."""
@@ -165,6 +171,10 @@ class ConditionalDiffusion(PairedSystem):
     def exported(self) -> dict[str, Any]:
         """Return the process."""
         return {"diffusion": self.diffusion.to_dict()}
+
+    def _in_latents(self, standardised: Tensor) -> Tensor:
+        moments = PairStatistics(*self.moments.to(standardised))
+        return standardised * moments.target_variance.sqrt()[:, None, None] + moments.target_mean[:, None, None]
 
     @classmethod
     def exported_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:

@@ -52,13 +52,15 @@ class Focus(NamedTuple):
 
     Attributes:
         source: latent of the input, emphasised or not, ``(batch, channels, rows, columns)``.
-        channel: attention - 1, ``(batch, 1, rows, columns)``; None where it is no channel.
-        weight: of the loss, mean 1 in each slice, the same shape; None where it does not weight.
+        further: condition channels besides the source, ``(batch, channels, rows, columns)``; None for none.
+        weight: of the loss, mean 1 in each slice, ``(batch, 1, rows, columns)``; None where it does not weight.
+        weight_of_bins: the same in the sinogram, ``(batch, 1, views, bins)``.
     """
 
     source: Tensor
-    channel: Tensor | None = None
+    further: Tensor | None = None
     weight: Tensor | None = None
+    weight_of_bins: Tensor | None = None
 
     def repeat(self, n_targets: int) -> Focus:
         """Return the same for each target of an input."""

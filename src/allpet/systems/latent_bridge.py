@@ -19,7 +19,7 @@ from allpet.models.denoiser import Denoiser
 from allpet.models.pixel_space import PixelSpace
 from allpet.systems.base import OptimizerName
 from allpet.systems.focus import AttentionUse, Focus
-from allpet.systems.paired import PairedSampling, PairedSystem
+from allpet.systems.paired import Errors, PairedSampling, PairedSystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class LatentBridge(PairedSystem):
 
     Args:
         autoencoder: the trained stage-1 network, or a folder that holds it, of stage 1 or 2; or ``PixelSpace``.
-        denoiser: the network to train, with as many condition as latent channels (one more where attention is a
-            channel) and ``label_size`` LABEL_SIZE.
+        denoiser: the network to train, with as many condition as latent channels (twice as many with ``reproject``, and
+            one more where attention is a channel) and ``label_size`` LABEL_SIZE.
         bridge: the bridge.
         form: what the network predicts, see ``allpet.diffusion.preconditioning``.
         measure_covariance: whether that of input and target is measured; else it is taken for 0, as DDBM's code does.
@@ -69,7 +69,9 @@ class LatentBridge(PairedSystem):
             starts at zero.
         target: "noisy": what a scanner would give, as a user's pairs are; "expected": without noise (simulator).
         loss: "l2", or "l1", whose best prediction is a median.
+        sinogram_weight: of the error of what the prediction decodes to, see ``PairedSystem``.
         attention: what is made of transparent medical attention; None for nothing.
+        reproject: iterations of OSEM after which the input's image is projected again, see ``PairedSystem``.
         learning_rate: peak of the cosine schedule.
         warmup_steps: steps of linear warm-up.
         weight_decay: decoupled weight decay.
@@ -92,7 +94,9 @@ class LatentBridge(PairedSystem):
         initialise: bool = True,
         target: Literal["noisy", "expected"] = "noisy",
         loss: Literal["l2", "l1"] = "l2",
+        sinogram_weight: float = 0.0,
         attention: AttentionUse | None = None,
+        reproject: int = 0,
         learning_rate: float = 1e-4,
         warmup_steps: int = 100,
         weight_decay: float = 0.0,
@@ -108,7 +112,9 @@ class LatentBridge(PairedSystem):
             False,
             target,
             loss,
+            sinogram_weight,
             attention,
+            reproject,
             learning_rate,
             warmup_steps,
             weight_decay,
@@ -135,7 +141,7 @@ class LatentBridge(PairedSystem):
         """
         focus = focus or Focus(source)
         inputs = self.preconditioning.inputs(x, focus.source, time)
-        given = inputs.source if focus.channel is None else torch.cat([inputs.source, focus.channel], dim=1)
+        given = inputs.source if focus.further is None else torch.cat([inputs.source, focus.further], dim=1)
         label = condition.label().to(x)
         return self.denoiser(inputs.noisy, self.bridge.network_time(time), condition.prompt, given, label)
 
@@ -152,13 +158,14 @@ class LatentBridge(PairedSystem):
         focus: Focus,
         condition: Condition,
         generators: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Return the error of the residual; its square is that of the target times the loss weight."""
+    ) -> Errors:
+        """Return the error of the residual, whose square is that of the target times the loss weight."""
         time = torch.cat([self.bridge.draw_times(1, generator) for generator in generators]).to(self.device)
         noise = torch.stack([torch.randn(target.shape[1:], generator=generator) for generator in generators])
         x = self.bridge.q_sample(target, source, time, noise.to(target))
         wanted = self.preconditioning.residual(x, source, time, target)
-        return self(x, source, time, condition, focus).float() - wanted
+        output = self(x, source, time, condition, focus).float()
+        return Errors(output - wanted, self.preconditioning.clean(x, source, time, output))
 
     def draw(
         self,

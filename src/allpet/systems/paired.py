@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from allpet.attention import TransparentMedicalAttention
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
+from allpet.consistency import reproject
 from allpet.diffusion.preconditioning import measure_pairs
 from allpet.geometry import ParallelBeam
 from allpet.metrics import psnr, relative_l2
@@ -33,6 +34,7 @@ from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
 _MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
+_MEASURED_ONCE = ("moments", "given_moments", "input_ratio")  # when training starts
 Self = TypeVar("Self", bound="PairedSystem")
 
 
@@ -53,6 +55,18 @@ class Restored(NamedTuple):
     def of(cls, samples: Tensor) -> Restored:
         """Mean and standard deviation of ``(samples, batch, targets, views, bins)``."""
         return cls(samples.mean(0), samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0]), samples)
+
+
+class Errors(NamedTuple):
+    """What a network makes of latents in training.
+
+    Attributes:
+        residual: prediction - truth of what the network is trained towards, ``(batch, channels, rows, columns)``.
+        clean: the target latents that the prediction stands for, the same shape.
+    """
+
+    residual: Tensor
+    clean: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +100,23 @@ class PairedSystem(LatentSystem):
     of the targets, as without attenuation correction, are brought to it by one number for each task. These numbers and
     the moments of the latents, one set for all tasks, are measured when training starts.
 
+    With ``reproject`` the source is not the given sinogram but the projection of its image after so many iterations of
+    OSEM. What no image could have caused, most of the noise of a low dose among it, is then gone, before anything is
+    learned; what else the given sinogram says, as of attenuation, the network finds in its latent, a further condition.
+
     Args:
         autoencoder: the trained stage-1 network, or a folder that holds it, of stage 1 or 2; or ``PixelSpace``.
-        denoiser: the network to train, with as many condition as latent channels (one more where attention is a
-            channel) and ``label_size`` LABEL_SIZE.
+        denoiser: the network to train, with as many condition as latent channels (twice as many with ``reproject``, and
+            one more where attention is a channel) and ``label_size`` LABEL_SIZE.
         initialise: whether to start from the denoiser in the folder of a stage 2.
         keep_output: whether its last layer is kept, too; else, and where stage 2 started from a linear denoiser and so
             predicts what that leaves open, it starts at zero.
         target: "noisy" or "expected".
         loss: "l2" or "l1".
+        sinogram_weight: of the error of the decoded prediction in the loss, relative to the slice's targets; what of the
+            latents matters, and how much, the decoder then says. 0: the error of the latents alone.
         attention: what is made of attention; None for nothing.
+        reproject: iterations of OSEM, of 8 subsets; 0 for the given sinogram as it is.
         learning_rate: peak of the cosine schedule.
         warmup_steps: steps of linear warm-up.
         weight_decay: decoupled weight decay.
@@ -109,6 +130,7 @@ class PairedSystem(LatentSystem):
     """
 
     moments: Tensor
+    given_moments: Tensor
     input_ratio: Tensor
 
     def __init__(
@@ -119,7 +141,9 @@ class PairedSystem(LatentSystem):
         keep_output: bool,
         target: Literal["noisy", "expected"],
         loss: Literal["l2", "l1"],
+        sinogram_weight: float,
         attention: AttentionUse | None,
+        reproject: int,
         learning_rate: float,
         warmup_steps: int,
         weight_decay: float,
@@ -132,28 +156,36 @@ class PairedSystem(LatentSystem):
         for name, given, known in (("target", target, ("noisy", "expected")), ("loss", loss, ("l2", "l1"))):
             if given not in known:
                 raise ValueError(f"{name} is {given!r}, but must be {known[0]!r} or {known[1]!r}.")
+        if not 0 <= sinogram_weight < float("inf"):
+            raise ValueError(f"sinogram_weight is {sinogram_weight}, but must be finite and not negative.")
+        if reproject < 0:
+            raise ValueError(f"reproject is {reproject}, but must be a number of iterations, or 0 for none.")
         self.geometry = None
         trained: Denoiser | None = None
         whole = False
         if isinstance(autoencoder, (str, Path)):
             autoencoder, self.geometry, trained, whole = load_stages(Path(autoencoder))
         channels = autoencoder.latent_channels
-        extra = attention is not None and "channel" in attention.uses
+        attends = attention is not None and "channel" in attention.uses
+        wanted = channels * (2 if reproject else 1) + attends
         found = (denoiser.latent_channels, denoiser.condition_channels, denoiser.config["label_size"])
-        if found != (channels, channels + extra, LABEL_SIZE):
+        if found != (channels, wanted, LABEL_SIZE):
+            ways = [" reproject" * bool(reproject), " attention as a channel" * attends]
             raise ValueError(
                 f"The denoiser has {found[0]} latent and {found[1]} condition channels and label_size {found[2]}; "
-                f"a {type(self).__name__} over this autoencoder{', with attention as a channel,' if extra else ''} "
-                f"needs {channels}, {channels + extra} and {LABEL_SIZE}."
+                f"a {type(self).__name__} over this autoencoder{' with' * any(ways)}{' and'.join(filter(None, ways))} "
+                f"needs {channels}, {wanted} and {LABEL_SIZE}."
             )
         if initialise and trained is not None:
             start_from(denoiser, trained, keep_output and whole)
         self._aside = Aside(autoencoder)
         self.denoiser, self.target, self.loss, self.seed = denoiser, target, loss, seed
-        self.sampling, self.attention_use = sampling, attention
+        self.sampling, self.attention_use, self.reproject = sampling, attention, reproject
+        self.sinogram_weight = sinogram_weight
         self._attention: TransparentMedicalAttention | None = None
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
+        self.register_buffer("given_moments", unit[[0, 2], None].repeat(1, channels))
         self.register_buffer("input_ratio", torch.ones(len(TASKS)))
 
     @property
@@ -185,8 +217,8 @@ class PairedSystem(LatentSystem):
         focus: Focus,
         condition: Condition,
         generators: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Return prediction - truth of what the network is trained towards, at times and noise of the generators.
+    ) -> Errors:
+        """Return the errors of the network's prediction at times and noise of the generators.
 
         Args:
             target: latents, ``(batch, channels, rows, columns)``.
@@ -226,6 +258,11 @@ class PairedSystem(LatentSystem):
                 "data_modules.PairedFiles for your own."
             )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Accept checkpoints of before inputs were reprojected."""
+        checkpoint["state_dict"].setdefault("given_moments", self.given_moments)
+        super().on_load_checkpoint(checkpoint)
+
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same."""
@@ -249,9 +286,12 @@ class PairedSystem(LatentSystem):
         for piece in tqdm(pieces, desc="Measuring the pairs' latents", leave=False):
             batch = move_data_to_device(pairs[piece], self.device)
             with self.trainer.precision_plugin.forward_context():
-                latents.append([values.cpu() for values in self._latents(batch)])
-        target, source = (torch.cat(parts) for parts in zip(*latents, strict=True))
+                target, source = self._latents(batch)
+                given = self._encode(self._scaled(batch)) if self.reproject else source[:: batch.expected.shape[1]]
+                latents.append([values.cpu() for values in (target, source, given)])
+        target, source, given = (torch.cat(parts) for parts in zip(*latents, strict=True))
         self.moments.copy_(torch.stack(list(measure_pairs(target, source))))
+        self.given_moments.copy_(torch.stack([given.double().mean((0, 2, 3)), given.double().var((0, 2, 3))]))
 
     def training_step(self, batch: PairedBatch, batch_idx: int) -> Tensor:
         """Mean error of what the network is trained towards, at keyed times and noise."""
@@ -295,7 +335,7 @@ class PairedSystem(LatentSystem):
             condition: one entry per target: ``batch * n_targets``, those of an input one after another.
             seeds: one per input; equal seeds and inputs give equal results whatever the batch.
             sampling: how to; None takes the system's own.
-            n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the input.
+            n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the source.
             progress: whether to show a progress bar.
             roi: where a clinician wants the model to look, ``(batch or 1, 1, rows, columns)``, bool.
             attention_strength: how strongly; None for the sampling's.
@@ -310,7 +350,7 @@ class PairedSystem(LatentSystem):
         condition = move_data_to_device(condition, self.device)
         ratio = self.input_scale(condition.task[::n_targets])
         scaled = given.to(self.device) / ratio
-        source = self._encode(scaled)
+        source = self._encode(self.starting(scaled))
         focus = self.focus(scaled, source, strength, roi).repeat(n_targets)
         source = source.repeat_interleave(n_targets, 0)
         results = []
@@ -329,6 +369,23 @@ class PairedSystem(LatentSystem):
             results.append(full)
         return Restored.of(torch.stack(results))
 
+    def starting(self, given: Tensor) -> Tensor:
+        """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.
+
+        Raises:
+            RuntimeError: if they are to be reprojected and the geometry is not known yet.
+        """
+        if not self.reproject:
+            return given
+        if self.geometry is None:
+            raise RuntimeError("The geometry is unknown, without which nothing is reprojected: train on data first.")
+        with torch.autocast(given.device.type, enabled=False):
+            return reproject(given.float(), Radon(self.geometry), self.reproject)
+
+    def attend(self, given: Tensor, roi: Tensor | None, strength: Tensor | float) -> Tensor | None:
+        """Return the attention to given sinograms, see ``TransparentMedicalAttention``; None for none."""
+        return None if self.attention is None else self.attention(given, roi, strength)
+
     def focus(self, given: Tensor, source: Tensor, strength: Tensor | float, roi: Tensor | None = None) -> Focus:
         """Return what the network is conditioned on.
 
@@ -338,15 +395,22 @@ class PairedSystem(LatentSystem):
             strength: of the attention, a number or ``(batch,)``.
             roi: see ``restore``.
         """
-        if self.attention_use is None or self.attention is None:
-            return Focus(source)
-        uses = self.attention_use.uses
-        attended = self.attention(given, roi, strength)
-        if "gain" in uses:
-            source = self._encode(given * attended)
-        pooled = self.autoencoder.pool(attended - 1)
-        weight = (1 + pooled) / (1 + pooled).mean((1, 2, 3), keepdim=True)
-        return Focus(source, pooled if "channel" in uses else None, weight if "loss" in uses else None)
+        further = []
+        if self.reproject:
+            mean, variance = self.given_moments.float()[:, :, None, None]
+            further.append((self._encode(given) - mean) / variance.sqrt())
+        weight, weight_of_bins, attended = None, None, self.attend(given, roi, strength)
+        if self.attention_use is not None and attended is not None:
+            uses = self.attention_use.uses
+            if "gain" in uses:
+                source = self._encode(self.starting(given) * attended)
+            pooled = self.autoencoder.pool(attended - 1)
+            if "channel" in uses:
+                further.append(pooled)
+            if "loss" in uses:
+                weight = (1 + pooled) / (1 + pooled).mean((1, 2, 3), keepdim=True)
+                weight_of_bins = attended / attended.mean((1, 2, 3), keepdim=True)
+        return Focus(source, torch.cat(further, dim=1) if further else None, weight, weight_of_bins)
 
     def exported(self) -> dict[str, Any]:
         """Return what ``config.json`` says beyond networks and attention, JSON-able."""
@@ -368,13 +432,13 @@ class PairedSystem(LatentSystem):
             "autoencoder": self.autoencoder.config,
             "denoiser": self.denoiser.config,
             "attention": use and {"uses": use.uses, "strengths": use.strengths, "areas": attention},
+            "reproject": self.reproject,
             **self.exported(),
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
-        save_pretrained(
-            folder, config, {**weights, "moments": self.moments, "input_ratio": self.input_ratio.clone()}, card
-        )
+        measured = {name: getattr(self, name).clone() for name in _MEASURED_ONCE}
+        save_pretrained(folder, config, {**weights, **measured}, card)
 
     @classmethod
     def _load(cls: type[Self], folder: str | Path, sampling: PairedSampling) -> Self:
@@ -389,9 +453,12 @@ class PairedSystem(LatentSystem):
                 areas = partial(TransparentMedicalAttention, **attention["areas"])
                 attention = AttentionUse(tuple(attention["uses"]), tuple(attention["strengths"]), areas)
             arguments = {"attention": attention, "sampling": sampling, **cls.exported_arguments(config)}
+            arguments["reproject"] = config.get("reproject", 0)  # exports of before have none
             system: Self = cls(autoencoder, denoiser, **arguments)
-            system.moments.copy_(weights["moments"])
-            system.input_ratio.copy_(weights["input_ratio"])
+            if not system.reproject:
+                weights.setdefault("given_moments", system.given_moments)
+            for name in _MEASURED_ONCE:
+                getattr(system, name).copy_(weights[name])
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()
 
@@ -426,11 +493,26 @@ class PairedSystem(LatentSystem):
         n_targets, ids = batch.expected.shape[1], batch.sample_id.tolist()
         target, source = self._latents(batch)
         generators = [keyed_generator(*run, i, k, "bridge") for i in ids for k in range(n_targets)]
-        given = batch.input / self.input_scale(batch.task)
-        focus = self.focus(given, source[::n_targets], self._strengths(run, ids)).repeat(n_targets)
-        difference = self.errors(target, source, focus, Condition.of_pairs(batch), generators)
-        error = difference.square() if self.loss == "l2" else difference.abs()
-        return (error if focus.weight is None else focus.weight * error).mean()
+        focus = self.focus(self._scaled(batch), source[::n_targets], self._strengths(run, ids)).repeat(n_targets)
+        errors = self.errors(target, source, focus, Condition.of_pairs(batch), generators)
+        error = self._size(errors.residual)
+        loss = (error if focus.weight is None else focus.weight * error).mean()
+        if not self.sinogram_weight:
+            return loss
+        return loss + self.sinogram_weight * self._sinogram_error(errors.clean, batch, focus.weight_of_bins)
+
+    def _sinogram_error(self, clean: Tensor, batch: PairedBatch, weight: Tensor | None) -> Tensor:
+        """Mean over slices of the decoded latents' error, relative to the targets of the slice together."""
+        targets = self._targets(batch)
+        full = self.autoencoder.decode(clean, (targets.shape[-2], targets.shape[-1])).full
+        wanted = self.autoencoder.scaling(targets)
+        error = self._size(full.view_as(wanted) - wanted)
+        if weight is not None:
+            error = weight.view_as(wanted) * error
+        return (error.sum((1, 2, 3)) / self._size(wanted).sum((1, 2, 3)).clamp_min(1e-12)).mean()
+
+    def _size(self, difference: Tensor) -> Tensor:
+        return difference.square() if self.loss == "l2" else difference.abs()
 
     def _strengths(self, run: tuple[Any, ...], ids: Sequence[int]) -> Tensor:
         """Draw the attention's strength for each slice, ``(batch,)``, by its identity."""
@@ -440,7 +522,7 @@ class PairedSystem(LatentSystem):
 
     def _log_errors(self, stage: str, batch: PairedBatch, sampling: PairedSampling) -> None:
         restored = self._restore_pairs(batch, sampling).mean
-        given = batch.input.expand_as(restored) / self.input_scale(batch.task)
+        given = self._scaled(batch).expand_as(restored)
         for name, result in (("", restored), ("_input", given)):
             ours, truth = result.flatten(0, 1)[:, None], batch.expected.flatten(0, 1)[:, None]
             shown = truth.flatten(1).any(1)  # relative to nothing, an error is infinite
@@ -457,8 +539,11 @@ class PairedSystem(LatentSystem):
         """Latents of targets and sources, both ``(batch * targets, channels, rows, columns)``."""
         targets = self._targets(batch)
         target = self._encode(targets.flatten(0, 1)[:, None])
-        given = batch.input / self.input_scale(batch.task)
-        return target, self._encode(given).repeat_interleave(targets.shape[1], 0)
+        source = self._encode(self.starting(self._scaled(batch)))
+        return target, source.repeat_interleave(targets.shape[1], 0)
+
+    def _scaled(self, batch: PairedBatch) -> Tensor:
+        return batch.input / self.input_scale(batch.task)
 
     @torch.no_grad()
     def _encode(self, sinogram: Tensor) -> Tensor:
