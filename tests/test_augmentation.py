@@ -210,6 +210,26 @@ def test_default_symmetries_permute_bins() -> None:
     torch.testing.assert_close(views, views.round(), atol=1e-4, rtol=0)
 
 
+def test_a_largest_rotation_is_kept_and_every_view_within_is_as_likely() -> None:
+    step = 180 / GEOMETRY.n_views
+    drawn = SymmetryAugmentation(GEOMETRY, largest_rotation_deg=3.5 * step).draw(7000, generator(3))
+    views = torch.rad2deg(drawn.angle_rad) / step
+    torch.testing.assert_close(views, views.round(), atol=1e-4, rtol=0)
+    assert views.round().unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+    assert all(900 < int((views.round() == k).sum()) < 1100 for k in range(-3, 4))
+    turned = SymmetryAugmentation(GEOMETRY, reflection=False, largest_rotation_deg=step)
+    sinogram = gaussian_sinogram(GEOMETRY).expand(30, -1, -1, -1)
+    moved, drawn = turned(sinogram, generator(4))
+    for k in (-1, 0, 1):
+        chosen = (torch.rad2deg(drawn.angle_rad) / step).round() == k
+        assert chosen.any()
+        assert torch.equal(moved[chosen], symmetry.roll_views(sinogram[chosen], torch.full((int(chosen.sum()),), k)))
+    free = SymmetryAugmentation(GEOMETRY, rotation="any", largest_rotation_deg=20).draw(2000, generator(5))
+    degrees = torch.rad2deg(free.angle_rad)
+    assert 19 < float(degrees.max()) <= 20
+    assert -20 <= float(degrees.min()) < -19
+
+
 def test_channels_share_their_symmetry() -> None:
     pair = torch.rand(8, 1, *GEOMETRY.sinogram_shape, generator=generator()).expand(-1, 2, -1, -1)
     moved, _ = SymmetryAugmentation(GEOMETRY, rotation="any", translation_mm=10)(pair, generator(2))
@@ -283,6 +303,7 @@ def test_parameters_concatenate_field_by_field() -> None:
     ("arguments", "sentence"),
     [
         ({"rotation": "some"}, "rotation is 'some'"),
+        ({"largest_rotation_deg": 200}, r"largest_rotation_deg is 200, but must lie in \[0, 180\]"),
         ({"dilation": (0.0, 1.0)}, "dilation is"),
         ({"gain": (2.0, 1.0)}, "gain is"),
         ({"probability": 1.5}, "probability is 1.5"),

@@ -174,7 +174,7 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     untrained = [row for row in downstream.rows(plan) if row.key in downstream.UNTRAINED]
     outcome = run_rows(untrained, plan.folder)
     lines = downstream.expanded(outcome.done)
-    assert [line["method"] for line in lines] == ["identity", "gauss_oracle"]
+    assert [line["method"] for line in lines] == ["identity", "gauss_oracle", "osem_oracle"]
     assert lines[0]["l2"] == 0, "here the input is the target"
     assert lines[1]["fwhm_bins"] == 0
     assert (tmp_path / "downstream_low_dose/identity/scores.pt").exists()
@@ -217,7 +217,9 @@ def test_conclusions_follow_from_the_numbers():
     ours, oracle = [row("bridge", s, psnr=33.0 + s) for s in (0, 1)], row("gauss_oracle", nfe=0, psnr=31.0)
     good = said("low_dose", *ours, oracle, row("regression", psnr=33.2), row("ddbm", psnr=33.0, nfe=119))
     assert "our best, bridge, 1 call (2 seeds), 33.50 dB, best-Gauss oracle 31.00 dB: +2.50 dB" in good
-    assert "where +2 is expected: holds" in good
+    assert "where +2 is expected: holds." in good
+    image = said("low_dose", *ours, oracle, row("osem_oracle", nfe=0, psnr=34.0))
+    assert "which is told the truth, too, has 34.00 dB: ours -0.50 dB" in image
     assert "+0.30 dB; at least as good holds" in good
     assert "mean tissue bias 1 % (at most 2 %: holds); mean lesion SUVmax bias 5 % (at most 10 %: holds)" in good
     assert "against DDBM as published with 119 calls: PSNR +0.50 dB" in good
@@ -253,6 +255,10 @@ def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):
     text = " ".join(downstream_report.conclusions(plan, Outcome(rows, [], 0.0)))
     assert re.search(r"beside 50 real ones: .* changes by \+(0\.9|1\.0)\d dB .* 1 seeds\): it helps", text)
     assert re.search(r"50 pairs [+-]0\.[01]\d dB \(-0\.\d+ to \+0\.\d+, 1 seeds\)", text)
+    parts = [{**one, "pairs": 500} for one in rows[2:]]
+    parts[1]["method"] = "bridge_without_symmetries"
+    text = " ".join(downstream_report.conclusions(plan, Outcome(parts, [], 0.0)))
+    assert re.search(r"one call and 95 % interval: symmetries [+-]0\.[01]\d dB \(-0\.\d+ to \+0\.\d+\)\.", text)
     other = {"regression": "regression_synthetic", "regression_synthetic": "regression"}
     swapped = [{**one, "method": other[one["method"]]} for one in rows[:2]]
     assert "it harms" in " ".join(downstream_report.conclusions(plan, Outcome(swapped, [], 0.0)))

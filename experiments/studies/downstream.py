@@ -44,6 +44,12 @@ FEW = (50, 100, 200)
 """Numbers of pairs at which starting from stage 2 is compared with starting from nothing, besides the study's own."""
 OVERLAYS = ("regression", "regression_pixels", "conditional", "ddbm", "attention")
 """Methods that are a file of experiments/finetune/methods."""
+WITHOUT = {
+    "bridge_without_reprojection": ["--model.reproject=0", "--model.denoiser.condition_channels={channels}"],
+    "bridge_without_symmetries": ["--data.symmetry=null"],
+    "bridge_without_sinogram_loss": ["--model.sinogram_weight=0"],
+}
+"""The bridge without one of its parts each; low dose alone has these rows."""
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
@@ -84,6 +90,8 @@ def rows(plan: Plan) -> list[Row]:
     if low_dose:
         for seed in plan.seeds:
             add("prior", seed)
+        for method in WITHOUT:
+            add(method, plan.seeds[0])
     few = min(FEW[0], plan.pairs)
     for seed in plan.seeds:
         add("regression", seed, few)
@@ -158,8 +166,8 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
     if method == "regression_synthetic":
         file = synthesise(plan, pairs, seed, folder)
         return plan.finetune(run, seed, pairs, "regression", [f"--data.generated={file}"])
-    more = ["--model.initialise=false"] if method == "bridge_scratch" else []
-    return plan.finetune(run, seed, pairs, more=more)
+    more = ["--model.initialise=false"] if method == "bridge_scratch" else WITHOUT.get(method, [])
+    return plan.finetune(run, seed, pairs, more=[word.format(channels=plan.latent_channels) for word in more])
 
 
 def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:

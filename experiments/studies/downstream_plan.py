@@ -84,9 +84,18 @@ class Plan:
         train = self._pairs(num_scans=pairs, val_patients=4, test_patients=1).train_set
         return train[list(range(len(train)))]  # type: ignore[return-value]
 
+    @property
+    def latent_channels(self) -> int:
+        """Of the scale's autoencoder."""
+        return int(self._sizes["latent_channels"])
+
+    @cached_property
+    def _sizes(self) -> dict[str, Any]:
+        sizes: dict[str, Any] = yaml.safe_load(scale_file(self.scale).read_text(encoding="utf-8"))["scale"]
+        return sizes
+
     def _pairs(self, **given: Any) -> PairedTask:
-        numbers = yaml.safe_load(scale_file(self.scale).read_text(encoding="utf-8"))["scale"]["geometry"]
-        data = PairedTask(self.task, ParallelBeam(**numbers), cache=self.cache, **given)
+        data = PairedTask(self.task, ParallelBeam(**self._sizes["geometry"]), cache=self.cache, **given)
         data.setup()
         return data
 

@@ -113,8 +113,8 @@ class PairedSystem(LatentSystem):
             predicts what that leaves open, it starts at zero.
         target: "noisy" or "expected".
         loss: "l2" or "l1".
-        sinogram_weight: of the error of the decoded prediction in the loss, relative to the slice's targets; what of the
-            latents matters, and how much, the decoder then says. 0: the error of the latents alone.
+        sinogram_weight: of the error of the decoded prediction in the loss, relative to the slice's targets; what of
+            the latents matters, and how much, the decoder then says. 0: the error of the latents alone.
         attention: what is made of attention; None for nothing.
         reproject: iterations of OSEM, of 8 subsets; 0 for the given sinogram as it is.
         learning_rate: peak of the cosine schedule.
