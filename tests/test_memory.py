@@ -188,6 +188,16 @@ def test_a_configuration_is_estimated_without_data_or_stage_1(tmp_path, monkeypa
     assert rows[0]["peak_gb"] < rows[1]["peak_gb"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("vae",), ("ldm",), ("finetune/bridge", "finetune/separation")])
+def test_what_is_shipped_for_a_gpu_fits_on_it(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["memory"])
+    files = [str(EXPERIMENTS / f"{name}.yaml") for name in ("defaults", *names, "scale/gpu24")]
+    report(["--config", *files, "--output", str(tmp_path)])
+    peak = json.loads((tmp_path / "memory.json").read_text())["rows"][0]["peak_gb"]
+    assert peak < 20, "of 24 GB the driver and the allocator's gaps take some"
+
+
 @pytest.mark.parametrize("name", ["autoencoder", "denoiser"])
 def test_how_a_network_computes_does_not_change_what(name):
     def build(**flags):

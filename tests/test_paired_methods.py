@@ -201,16 +201,27 @@ def test_the_error_of_the_sinogram_is_that_of_what_is_decoded(name, data, tmp_pa
     system.sinogram_weight = 0.0
     torch.testing.assert_close(whole - system._loss(batch, ("x",)), 3 * lost, rtol=1e-3, atol=1e-6)
     system.errors = errors
-    clean = system.errors(
-        wanted,
-        system._latents(batch)[1],
-        system.focus(system._scaled(batch), *[system._latents(batch)[1], 1.0]),
-        Condition.of_pairs(batch),
-        [torch.Generator().manual_seed(i) for i in range(3)],
-    ).clean
-    system._sinogram_error(clean, batch, None).backward()
-    assert system.denoiser.unet.conv_out.weight.grad.abs().max() > 0
-    assert all(parameter.grad is None for parameter in system.autoencoder.parameters())
+    source = system._latents(batch)[1]
+    focus = system.focus(system._scaled(batch), source, 1.0)
+    gradients = []
+    for at_once in (None, 2):
+        system.decode_batch = at_once
+        generators = [torch.Generator() for _ in range(3)]
+        clean = system.errors(wanted, source, focus, Condition.of_pairs(batch), generators).clean
+        weight = system.denoiser.unet.conv_out.weight
+        gradients.append(torch.autograd.grad(system._sinogram_error(clean, batch, None), weight)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+    assert not any(parameter.requires_grad for parameter in system.autoencoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"sinogram_weight": -1.0}, "sinogram_weight is -1.0"), ({"decode_batch": 0}, "decode_batch is 0, but must be")],
+)
+def test_impossible_losses_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(**wrong)
 
 
 def test_two_targets_are_judged_together():

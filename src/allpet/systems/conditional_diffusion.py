@@ -64,6 +64,7 @@ class ConditionalDiffusion(PairedSystem):
         target: "noisy": what a scanner would give, as a user's pairs are; "expected": without noise (simulator).
         loss: "l2" or "l1".
         sinogram_weight: of the error of what the prediction decodes to, see ``PairedSystem``.
+        decode_batch: sinograms that are decoded at once for that, see there.
         attention: what is made of transparent medical attention; None for nothing.
         reproject: iterations of OSEM after which the input's image is projected again, see ``PairedSystem``.
         learning_rate: peak of the cosine schedule.
@@ -87,6 +88,7 @@ class ConditionalDiffusion(PairedSystem):
         target: Literal["noisy", "expected"] = "noisy",
         loss: Literal["l2", "l1"] = "l2",
         sinogram_weight: float = 0.0,
+        decode_batch: int | None = None,
         attention: AttentionUse | None = None,
         reproject: int = 0,
         learning_rate: float = 1e-4,
@@ -105,6 +107,7 @@ class ConditionalDiffusion(PairedSystem):
             target,
             loss,
             sinogram_weight,
+            decode_batch,
             attention,
             reproject,
             learning_rate,

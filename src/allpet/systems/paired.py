@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from allpet.attention import TransparentMedicalAttention
@@ -115,6 +116,8 @@ class PairedSystem(LatentSystem):
         loss: "l2" or "l1".
         sinogram_weight: of the error of the decoded prediction in the loss, relative to the slice's targets; what of
             the latents matters, and how much, the decoder then says. 0: the error of the latents alone.
+        decode_batch: sinograms that are decoded at once for that, each anew in the backward pass, which takes less
+            memory and more time; None for all of the batch, which are kept.
         attention: what is made of attention; None for nothing.
         reproject: iterations of OSEM, of 8 subsets; 0 for the given sinogram as it is.
         learning_rate: peak of the cosine schedule.
@@ -142,6 +145,7 @@ class PairedSystem(LatentSystem):
         target: Literal["noisy", "expected"],
         loss: Literal["l2", "l1"],
         sinogram_weight: float,
+        decode_batch: int | None,
         attention: AttentionUse | None,
         reproject: int,
         learning_rate: float,
@@ -158,6 +162,8 @@ class PairedSystem(LatentSystem):
                 raise ValueError(f"{name} is {given!r}, but must be {known[0]!r} or {known[1]!r}.")
         if not 0 <= sinogram_weight < float("inf"):
             raise ValueError(f"sinogram_weight is {sinogram_weight}, but must be finite and not negative.")
+        if decode_batch is not None and decode_batch < 1:
+            raise ValueError(f"decode_batch is {decode_batch}, but must be at least 1, or null for the whole batch.")
         if reproject < 0:
             raise ValueError(f"reproject is {reproject}, but must be a number of iterations, or 0 for none.")
         self.geometry = None
@@ -181,7 +187,7 @@ class PairedSystem(LatentSystem):
         self._aside = Aside(autoencoder)
         self.denoiser, self.target, self.loss, self.seed = denoiser, target, loss, seed
         self.sampling, self.attention_use, self.reproject = sampling, attention, reproject
-        self.sinogram_weight = sinogram_weight
+        self.sinogram_weight, self.decode_batch = sinogram_weight, decode_batch
         self._attention: TransparentMedicalAttention | None = None
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
@@ -504,12 +510,21 @@ class PairedSystem(LatentSystem):
     def _sinogram_error(self, clean: Tensor, batch: PairedBatch, weight: Tensor | None) -> Tensor:
         """Mean over slices of the decoded latents' error, relative to the targets of the slice together."""
         targets = self._targets(batch)
-        full = self.autoencoder.decode(clean, (targets.shape[-2], targets.shape[-1])).full
+        full = self._decode_for_gradients(clean, (targets.shape[-2], targets.shape[-1]))
         wanted = self.autoencoder.scaling(targets)
         error = self._size(full.view_as(wanted) - wanted)
         if weight is not None:
             error = weight.view_as(wanted) * error
         return (error.sum((1, 2, 3)) / self._size(wanted).sum((1, 2, 3)).clamp_min(1e-12)).mean()
+
+    def _decode_for_gradients(self, latent: Tensor, shape: tuple[int, int]) -> Tensor:
+        def decode(piece: Tensor) -> Tensor:
+            return self.autoencoder.decode(piece, shape).full
+
+        if self.decode_batch is None:
+            return decode(latent)
+        pieces = latent.split(self.decode_batch)
+        return torch.cat([checkpoint(decode, piece, use_reentrant=False) for piece in pieces])
 
     def _size(self, difference: Tensor) -> Tensor:
         return difference.square() if self.loss == "l2" else difference.abs()
