@@ -71,8 +71,12 @@ REMARKS = {
     "hot lesions' SUVmax and SUVmean; lesion_recovery: share of their contrast. bridge is ours; bridge_scratch"
     " is the same without stage 2; multi_task is one bridge for all tasks, with as many steps per task; prior "
     "uses stage 2 alone and no pairs; regression_synthetic trains on few real and many generated pairs. ROI "
-    "rows are told where the lesions are: no method may know that but by a clinician. The oracle is told the "
-    "truth. stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. "
+    "rows are told where the lesions are: no method may know that but by a clinician. The oracles are told the "
+    "truth: a Gaussian in the sinogram, and OSEM with a Gaussian, projected. All trained methods begin at, or are "
+    "given, the input's OSEM image projected again, beside the input as measured, and see pairs turned and mirrored "
+    "(low dose all the way round, other tasks and multi_task by at most 10 degrees); bridge, regression and attention "
+    "train on the decoded sinogram's error, too, ddbm, conditional and regression_pixels do not. bridge_without_* lack "
+    "one of these. stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. "
     "Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, "
     "and what separates two tracers is what was learned, not physics.",
 }

@@ -169,6 +169,15 @@ def test_every_required_row_is_there_and_what_matters_most_comes_first(task):
     assert keys.index("bridge-n500-seed0") < keys.index("bridge-n500-seed1") < keys.index("multi_task-n500-seed0")
 
 
+def test_rows_know_by_which_recipe_they_were_trained():
+    """A kept row is refused after the files of its method have changed, see ``run_rows``."""
+    recipes = {row.facts["method"]: row.facts.get("recipe") for row in downstream.rows(Plan(task="low_dose"))}
+    assert {name for name, recipe in recipes.items() if recipe is None} == {*downstream.UNTRAINED, "stage1", "prior"}
+    trained = {name: recipe for name, recipe in recipes.items() if recipe is not None}
+    assert trained["regression_synthetic"] == trained["regression"] != trained["bridge"]
+    assert len({trained[name] for name in ("bridge", "multi_task", *downstream.OVERLAYS)}) == 7
+
+
 def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     plan = _plan(tmp_path, held_out)
     untrained = [row for row in downstream.rows(plan) if row.key in downstream.UNTRAINED]
@@ -258,7 +267,10 @@ def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):
     parts = [{**one, "pairs": 500} for one in rows[2:]]
     parts[1]["method"] = "bridge_without_symmetries"
     text = " ".join(downstream_report.conclusions(plan, Outcome(parts, [], 0.0)))
-    assert re.search(r"one call and 95 % interval: symmetries [+-]0\.[01]\d dB \(-0\.\d+ to \+0\.\d+\)\.", text)
+    assert re.search(
+        r"one call and 95 % interval over patients: symmetries [+-]0\.[01]\d dB \(-0\.\d+ to \+0\.\d+, 1 seeds\)\.",
+        text,
+    )
     other = {"regression": "regression_synthetic", "regression_synthetic": "regression"}
     swapped = [{**one, "method": other[one["method"]]} for one in rows[:2]]
     assert "it harms" in " ".join(downstream_report.conclusions(plan, Outcome(swapped, [], 0.0)))

@@ -83,7 +83,8 @@ def autoencoder(data: PairedTask) -> Autoencoder:
 
 
 def bridge(autoencoder: Autoencoder | str, **given: Any) -> LatentBridge:
-    denoiser = Denoiser(4, 4, (16, 32), 1, attention=(False, True), head_channels=8, label_size=LABEL_SIZE)
+    conditions = 8 if given.get("reproject") else 4
+    denoiser = Denoiser(4, conditions, (16, 32), 1, attention=(False, True), head_channels=8, label_size=LABEL_SIZE)
     return LatentBridge(autoencoder, denoiser, **{"learning_rate": 2e-3, "warmup_steps": 2, **given})
 
 
@@ -160,13 +161,14 @@ def test_results_depend_on_their_own_seed_and_input_alone(data, autoencoder, tmp
     assert (whole.samples >= 0).all()
 
 
-def test_separated_tracers_add_up_to_the_mix(autoencoder, tmp_path):
+@pytest.mark.parametrize("given", [{}, {"reproject": 2, "sinogram_weight": 10.0, "decode_batch": 3}])
+def test_separated_tracers_add_up_to_the_mix(given, autoencoder, tmp_path):
     data = pairs("separation", num_scans=8)
-    system = fitted(data, autoencoder, tmp_path, 3)
+    system = fitted(data, autoencoder, tmp_path, 3, **given)
     batch = data.val_set[[0, 1]]
     restored = system._restore_pairs(batch, BridgeSampling(nfe=3, samples=2))
     assert restored.mean.shape == batch.expected.shape
-    source = system._encode(batch.input / system.input_scale(batch.task))
+    source = system._encode(system.starting(batch.input / system.input_scale(batch.task)))
     mix = system.autoencoder.scaling.inverse(system.autoencoder.decode(source, GEOMETRY.sinogram_shape).full)
     for sample in restored.samples:
         torch.testing.assert_close(

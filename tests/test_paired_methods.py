@@ -236,6 +236,10 @@ def test_two_targets_are_judged_together():
     decoded = system._decode(latents, GEOMETRY.sinogram_shape).view_as(batch.noisy)
     expected = (decoded - batch.noisy).square().sum((1, 2, 3)) / batch.noisy.square().sum((1, 2, 3))
     torch.testing.assert_close(error, expected.mean())
+    empty = batch._replace(noisy=batch.noisy * torch.tensor([1.0, 0.0])[:, None, None, None])
+    one = system._sinogram_error(latents, empty, None)
+    torch.testing.assert_close(one, expected[0], msg="a slice without any target does not count")
+    assert system._sinogram_error(latents, batch._replace(noisy=0 * batch.noisy), None) == 0
     doubled = system._sinogram_error(latents, batch, torch.full((4, 1, 1, 1), 2.0).expand(-1, -1, 16, 16))
     torch.testing.assert_close(doubled, 2 * error)
 
@@ -287,9 +291,10 @@ def test_what_was_trained_before_inputs_were_reprojected_is_still_read(data, tmp
     ours, theirs = (one.restore(given, asked(1), [0]).mean for one in (system, loaded))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     state = {name: value for name, value in system.state_dict().items() if name != "given_moments"}
-    checkpoint = {"state_dict": state}
+    checkpoint = {"state_dict": state, "current_model_state": dict(state)}
     system.on_load_checkpoint(checkpoint)
-    make().load_state_dict(checkpoint["state_dict"])
+    for weights in checkpoint.values():
+        make().load_state_dict(weights)
 
 
 def test_reprojecting_needs_a_geometry():

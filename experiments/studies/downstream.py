@@ -76,6 +76,9 @@ def rows(plan: Plan) -> list[Row]:
     def add(method: str, seed: int, pairs: int = plan.pairs) -> None:
         key = method if method in UNTRAINED else f"{method}-n{pairs}-seed{seed}"
         facts = plan.facts(method, pairs, seed)
+        if method not in (*UNTRAINED, "stage1", "prior"):
+            overlay = {"regression_synthetic": "regression"}.get(method, method if method in OVERLAYS else None)
+            facts["recipe"] = plan.recipe(overlay, "multi_task" if method == "multi_task" else None)
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
 
     low_dose = plan.task == "low_dose"

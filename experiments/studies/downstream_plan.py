@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -120,6 +122,20 @@ class Plan:
             train(recipe, self.stages, folder, self.cache)
         return folder / "ldm"
 
+    def _files(self, overlay: str | None, task: str | None) -> list[Path]:
+        files = [HERE / f"{name}.yaml" for name in ("defaults", "finetune/bridge", f"finetune/{task or self.task}")]
+        return [*files, scale_file(self.scale), *([HERE / f"finetune/methods/{overlay}.yaml"] if overlay else [])]
+
+    def recipe(self, overlay: str | None, task: str | None) -> str:
+        """Return a digest of what the files of a fine-tuning say, so that rows of before they changed are told apart.
+
+        Args:
+            overlay: see ``finetune``, as the next.
+            task: see there.
+        """
+        said = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in self._files(overlay, task)]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=4).hexdigest()
+
     def finetune(
         self,
         folder: Path,
@@ -141,9 +157,7 @@ class Plan:
             task: file of experiments/finetune; None for the plan's task.
             steps: None for the plan's.
         """
-        stage2, steps = self.stage2(seed), steps or self.steps
-        files = [HERE / f"{name}.yaml" for name in ("defaults", "finetune/bridge", f"finetune/{task or self.task}")]
-        files += [scale_file(self.scale), *([HERE / f"finetune/methods/{overlay}.yaml"] if overlay else [])]
+        stage2, steps, files = self.stage2(seed), steps or self.steps, self._files(overlay, task)
         words = ["fit", *(word for file in files for word in ("-c", str(file)))]
         words += [
             f"--run.root={folder}",

@@ -196,14 +196,14 @@ class SymmetryAugmentation(nn.Module):
     Args:
         geometry: of the sinograms.
         rotation: ``views`` (or True): by a random whole number of views; ``any``: by any angle; False: none.
-        largest_rotation_deg: to either side; 180 is all the way round. Patients lie as they lie: where organs tell
-            what is wanted, as without attenuation correction, a network does better that has seen them near there.
         reflection: whether left and right are exchanged in half of the samples.
         translation_mm: largest movement in x and in y, mm.
         dilation: smallest and largest factor.
         gain: smallest and largest factor.
         probability: of each operation, drawn independently for each sample.
         blur_mm: largest full width at half maximum, mm.
+        largest_rotation_deg: to either side; 180 is all the way round. Where organs tell what is wanted, as without
+            attenuation correction, a network does better that has seen patients nearly as they lie.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -213,13 +213,13 @@ class SymmetryAugmentation(nn.Module):
         self,
         geometry: ParallelBeam,
         rotation: bool | Literal["views", "any"] = True,
-        largest_rotation_deg: float = 180.0,
         reflection: bool = True,
         translation_mm: float = 0.0,
         dilation: tuple[float, float] = (1.0, 1.0),
         gain: tuple[float, float] = (1.0, 1.0),
         probability: float = 1.0,
         blur_mm: float = 0.0,
+        largest_rotation_deg: float = 180.0,
     ) -> None:
         super().__init__()
         if rotation not in (True, False, "views", "any"):

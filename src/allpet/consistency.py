@@ -210,14 +210,20 @@ def reproject(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: int 
         sinogram: ``(batch, 1, views, bins)``; negative values count as zero.
         radon: the projector of its geometry.
         iterations: of OSEM.
-        subsets: of OSEM; the next smaller number that divides the views is taken.
+        subsets: of OSEM; the next smaller number that divides the views is taken, with as many more iterations.
 
     Returns:
         the same shape and units.
     """
+    return radon.project(quick_image(sinogram, radon, iterations, subsets))
+
+
+def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: int = 8) -> Tensor:
+    """Return the image that ``reproject`` projects, ``(batch, 1, rows, columns)``; arguments as there."""
     n_views = radon.geometry.n_views
-    subsets = next(n for n in range(min(subsets, n_views), 0, -1) if n_views % n == 0)
-    return radon.project(osem(radon, sinogram.clamp(min=0), iterations, subsets))
+    dividing = next(n for n in range(min(subsets, n_views), 0, -1) if n_views % n == 0)
+    updates = iterations * min(subsets, n_views)
+    return osem(radon, sinogram.clamp(min=0), math.ceil(updates / dividing), dividing)
 
 
 def make_consistent(sinogram: Tensor, radon: Radon, method: Correction) -> Tensor:

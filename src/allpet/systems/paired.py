@@ -265,8 +265,10 @@ class PairedSystem(LatentSystem):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Accept checkpoints of before inputs were reprojected."""
-        checkpoint["state_dict"].setdefault("given_moments", self.given_moments)
+        """Accept checkpoints of before inputs were reprojected, with averaged weights or without."""
+        for weights in ("state_dict", "current_model_state"):
+            if weights in checkpoint:
+                checkpoint[weights].setdefault("given_moments", self.given_moments)
         super().on_load_checkpoint(checkpoint)
 
     @torch.no_grad()
@@ -300,7 +302,7 @@ class PairedSystem(LatentSystem):
         self.given_moments.copy_(torch.stack([given.double().mean((0, 2, 3)), given.double().var((0, 2, 3))]))
 
     def training_step(self, batch: PairedBatch, batch_idx: int) -> Tensor:
-        """Mean error of what the network is trained towards, at keyed times and noise."""
+        """Mean error of what the network is trained towards, and of its sinograms, at keyed times and noise."""
         loss = self._loss(batch, (self.seed, self.current_epoch))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.input))
         return loss
@@ -508,14 +510,20 @@ class PairedSystem(LatentSystem):
         return loss + self.sinogram_weight * self._sinogram_error(errors.clean, batch, focus.weight_of_bins)
 
     def _sinogram_error(self, clean: Tensor, batch: PairedBatch, weight: Tensor | None) -> Tensor:
-        """Mean over slices of the decoded latents' error, relative to the targets of the slice together."""
+        """Mean over slices of the decoded latents' error, relative to the targets of the slice together.
+
+        Slices whose targets are empty, relative to which every error is infinite, do not count.
+        """
         targets = self._targets(batch)
         full = self._decode_for_gradients(clean, (targets.shape[-2], targets.shape[-1]))
         wanted = self.autoencoder.scaling(targets)
         error = self._size(full.view_as(wanted) - wanted)
         if weight is not None:
             error = weight.view_as(wanted) * error
-        return (error.sum((1, 2, 3)) / self._size(wanted).sum((1, 2, 3)).clamp_min(1e-12)).mean()
+        reference = self._size(wanted).sum((1, 2, 3))
+        shown = reference > 0
+        relative = error.sum((1, 2, 3)) / torch.where(shown, reference, 1)
+        return (shown * relative).sum() / shown.sum().clamp_min(1)
 
     def _decode_for_gradients(self, latent: Tensor, shape: tuple[int, int]) -> Tensor:
         def decode(piece: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from allpet import symmetry
 from allpet.conditions import Condition
+from allpet.consistency import quick_image
 from allpet.geometry import ParallelBeam
 from allpet.metrics import blur_image, psnr
 from allpet.projector import Radon
-from allpet.reconstruction import osem
 from allpet.systems.paired import Restored
 
 WIDTHS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -120,7 +120,7 @@ class OsemOracle(Identity):
 
     Args:
         radon: the projector of the sinograms.
-        iterations: to choose from, of 8 subsets or the next smaller number that divides the views.
+        iterations: to choose from, of 8 subsets, see ``allpet.consistency.reproject``.
         widths_mm: of the Gaussian, to choose from.
 
     Attributes:
@@ -140,7 +140,7 @@ class OsemOracle(Identity):
         best = -math.inf
         gain, shown = self.gain[:, None, None], truth.flatten(1).any(1)
         for iterations in self.iterations:
-            image = self._image(given[shown], iterations)
+            image = quick_image(given[shown], self.radon, iterations)
             for width in self.widths_mm:
                 result = (self.radon.project(blur_image(image, self.radon.geometry, width)) * gain).expand_as(
                     truth[shown]
@@ -152,11 +152,8 @@ class OsemOracle(Identity):
 
     def _cleaned(self, given: Tensor) -> Tensor:
         iterations, width = self.chosen
-        return self.radon.project(blur_image(self._image(given, iterations), self.radon.geometry, width))
-
-    def _image(self, given: Tensor, iterations: int) -> Tensor:
-        subsets = next(n for n in range(8, 0, -1) if self.radon.geometry.n_views % n == 0)
-        return osem(self.radon, given.clamp_min(0), iterations, subsets)
+        image = quick_image(given, self.radon, iterations)
+        return self.radon.project(blur_image(image, self.radon.geometry, width))
 
 
 def _blur_bins(sinogram: Tensor, geometry: ParallelBeam, fwhm: float) -> Tensor:
