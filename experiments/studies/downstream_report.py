@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from allpet.metrics import standard_image
+from allpet.prompts import TRACERS
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
 from studies.downstream import WITHOUT, expanded
@@ -383,6 +384,8 @@ def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:
     rows, labels = [], []
     names = pairs.prompt.names()
     for place, number in enumerate(chosen):
+        wanted = TRACERS[int(pairs.target_tracer[number, 0])]
+        name = names[number] if names[number].startswith(wanted) else f"{names[number]}\nto {wanted}"
         for what in ("sinogram", "image"):
             views = {name: values[place : place + 1] for name, values in shown.items()}
             if what == "image":
@@ -392,7 +395,7 @@ def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:
             rows.append([Tile(values[0, 0], (0, limit), name) for name, values in views.items()])
             errors = [Tile((v - reference)[0, 0], (-limit / 4, limit / 4), "", DIFFERENCE) for v in views.values()]
             rows.append(errors)
-            labels += [f"{names[number]}\n{what}", "minus target\n(+- a quarter)"]
+            labels += [f"{name}\n{what}", "minus target\n(+- a quarter)"]
     title = f"{plan.task}: slices drawn at random among the held-out ones; the input has the target's scale"
     return draw_grid(rows, labels, title)
 
