@@ -125,7 +125,9 @@ def test_the_denoiser_has_the_label_of_the_symmetries(capsys):
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_bridge_fits_and_starts_from_its_stage_2(scale, capsys):
     files = ("defaults.yaml", "finetune/bridge.yaml", "finetune/low_dose.yaml", scale)
-    given = resolved(capsys, "fit", *words(files))["model"]["init_args"]["denoiser"]["init_args"]
+    model = resolved(capsys, "fit", *words(files))["model"]["init_args"]
+    given = model["denoiser"]["init_args"]
+    assert model["decode_batch"] == yaml.safe_load((EXPERIMENTS / scale).read_text())["scale"]["bridge"]["decode_batch"]
     stage2 = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", scale)))["model"]["init_args"]["denoiser"]
     assert given["label_size"] == LABEL_SIZE
     assert given["condition_channels"] == 2 * given["latent_channels"]  # source, and input as measured
