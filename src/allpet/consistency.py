@@ -219,7 +219,11 @@ def reproject(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: int 
 
 
 def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: int = 8) -> Tensor:
-    """Return the image that ``reproject`` projects, ``(batch, 1, rows, columns)``; arguments as there."""
+    """Return the image that ``reproject`` projects; arguments as there.
+
+    Returns:
+        ``(batch, 1, rows, columns)``, in the sinogram's units per mm.
+    """
     n_views = radon.geometry.n_views
     dividing = next(n for n in range(min(subsets, n_views), 0, -1) if n_views % n == 0)
     updates = iterations * min(subsets, n_views)

@@ -35,7 +35,7 @@ from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
 _MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
-_MEASURED_ONCE = ("moments", "given_moments", "input_ratio")  # when training starts
+_STATISTICS = ("moments", "given_moments", "input_ratio")  # measured when training starts
 Self = TypeVar("Self", bound="PairedSystem")
 
 
@@ -445,7 +445,7 @@ class PairedSystem(LatentSystem):
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
-        measured = {name: getattr(self, name).clone() for name in _MEASURED_ONCE}
+        measured = {name: getattr(self, name).clone() for name in _STATISTICS}
         save_pretrained(folder, config, {**weights, **measured}, card)
 
     @classmethod
@@ -465,7 +465,7 @@ class PairedSystem(LatentSystem):
             system: Self = cls(autoencoder, denoiser, **arguments)
             if not system.reproject:
                 weights.setdefault("given_moments", system.given_moments)
-            for name in _MEASURED_ONCE:
+            for name in _STATISTICS:
                 getattr(system, name).copy_(weights[name])
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
         return system.eval()

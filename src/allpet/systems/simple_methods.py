@@ -7,8 +7,8 @@ and for a whole set of slices one pair of widths, or one reconstruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from allpet.metrics import blur_image, psnr
 from allpet.projector import Radon
 from allpet.systems.paired import Restored
 
+Choice = TypeVar("Choice")
 WIDTHS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Full widths at half maximum that the oracle chooses from, in bins and in views."""
 WIDTHS_MM = (0.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
@@ -76,6 +77,11 @@ class Identity:
     def _cleaned(self, given: Tensor) -> Tensor:
         return given
 
+    def _best(self, tried: Iterator[tuple[Choice, Tensor]], truth: Tensor) -> Choice:
+        """Return the choice that, times the gains, has the highest mean PSNR."""
+        gain = self.gain[:, None, None]
+        return max(tried, key=lambda one: float(psnr((one[1] * gain).expand_as(truth), truth).mean()))[0]
+
 
 class GaussOracle(Identity):
     """A Gaussian over bins and views, of the widths that give a set the highest mean PSNR against its own truth.
@@ -98,16 +104,15 @@ class GaussOracle(Identity):
     def fit(self, given: Tensor, truth: Tensor) -> GaussOracle:
         """Take the gains and choose the widths of a set; arguments as of ``Identity.fit``."""
         super().fit(given, truth)
-        best = -math.inf
-        gain, shown = self.gain[:, None, None], truth.flatten(1).any(1)
-        for along_bins in self.widths:
-            narrow = _blur_bins(given[shown], self.geometry, along_bins)
-            for along_views in self.widths:
-                result = (_blur_views(narrow, along_views) * gain).expand_as(truth[shown])
-                score = float(psnr(result, truth[shown]).mean())
-                if score > best:
-                    best, self.fwhm = score, (along_bins, along_views)
+        shown = truth.flatten(1).any(1)
+        self.fwhm = self._best(self._tried(given[shown]), truth[shown])
         return self
+
+    def _tried(self, given: Tensor) -> Iterator[tuple[tuple[float, float], Tensor]]:
+        for along_bins in self.widths:
+            narrow = _blur_bins(given, self.geometry, along_bins)
+            for along_views in self.widths:
+                yield (along_bins, along_views), _blur_views(narrow, along_views)
 
     def _cleaned(self, given: Tensor) -> Tensor:
         return _blur_views(_blur_bins(given, self.geometry, self.fwhm[0]), self.fwhm[1])
@@ -137,18 +142,15 @@ class OsemOracle(Identity):
     def fit(self, given: Tensor, truth: Tensor) -> OsemOracle:
         """Take the gains and choose the reconstruction of a set; arguments as of ``Identity.fit``."""
         super().fit(given, truth)
-        best = -math.inf
-        gain, shown = self.gain[:, None, None], truth.flatten(1).any(1)
-        for iterations in self.iterations:
-            image = quick_image(given[shown], self.radon, iterations)
-            for width in self.widths_mm:
-                result = (self.radon.project(blur_image(image, self.radon.geometry, width)) * gain).expand_as(
-                    truth[shown]
-                )
-                score = float(psnr(result, truth[shown]).mean())
-                if score > best:
-                    best, self.chosen = score, (iterations, width)
+        shown = truth.flatten(1).any(1)
+        self.chosen = self._best(self._tried(given[shown]), truth[shown])
         return self
+
+    def _tried(self, given: Tensor) -> Iterator[tuple[tuple[int, float], Tensor]]:
+        for iterations in self.iterations:
+            image = quick_image(given, self.radon, iterations)
+            for width in self.widths_mm:
+                yield (iterations, width), self.radon.project(blur_image(image, self.radon.geometry, width))
 
     def _cleaned(self, given: Tensor) -> Tensor:
         iterations, width = self.chosen
