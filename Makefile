@@ -49,7 +49,8 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) $(PROMPT_ARGS)
 PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
 RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
-	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) $(if $(SEED),--data.seed $(SEED))
+	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) \
+	$(if $(UPDATES),--model.sampling.data_consistency $(UPDATES)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
 # every target that is listed
@@ -116,7 +117,7 @@ else
 	$(call FIT,baselines/$(NAME))
 endif
 
-restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= ROI= MODEL=)
+restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= UPDATES= ROI= MODEL=)
 	@test -n "$(TASK)" -a -n "$(DATA)" || \
 		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
 	$(BIN)/allpet predict -c experiments/restore.yaml --model.folder "$(or $(MODEL),outputs/finetune/$(TASK))" \

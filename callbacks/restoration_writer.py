@@ -99,7 +99,7 @@ class RestorationWriter(Callback):
         assert isinstance(pl_module, PairedSystem)
         self._write(trainer, pl_module, self._last)
         folder = Path(trainer.default_root_dir)
-        save_figure(restoration_gallery(self._shown), folder / "gallery.png")
+        save_figure(restoration_gallery(self._shown, self._count), folder / "gallery.png")
         pictures = ["gallery.png"]
         if pl_module.attention is not None:
             sinograms = torch.stack([parts["input"] for _, parts, _ in self._shown])
@@ -197,13 +197,14 @@ class RestorationWriter(Callback):
         return place
 
 
-def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]]) -> Any:
+def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]], count: int) -> Any:
     """Draw slices: input, results and their deviations, above in the sinogram, below in the image.
 
     Args:
         shown: title, parts (``input``, ``sinograms`` ``(targets, views, bins)``, ``sinograms_std``, ``input image``,
             ``images``, ``images_std``, and of a model that attends ``sinogram attended`` and ``image attended`` with
             three colours last), region.
+        count: how many slices were restored, of which these are the first.
 
     Returns:
         a matplotlib figure.
@@ -223,7 +224,8 @@ def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]
                 row.append(Tile(parts[f"{domain} attended"], (0, 1), "attended to"))
             rows.append(row)
             labels.append(f"{title}\n{domain}")
-    return draw_grid(rows, labels, "processed by a model: not for diagnosis", tile_inches=1.6)
+    of = f"the first {len(shown)} of {count} slices; " if len(shown) < count else ""
+    return draw_grid(rows, labels, f"{of}processed by a model: not for diagnosis", tile_inches=1.6)
 
 
 def _each(reconstruct: Any, sinograms: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from allpet import (
     symmetry,
 )
 from allpet.conditions import LABEL_SIZE
+from allpet.consistency import fit_measured
 from allpet.metrics import moment_residuals, psnr
+from allpet.simulation.tasks import TASKS
 from allpet.systems.focus import Focus
 from allpet.systems.paired import PairedSystem
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
@@ -303,6 +306,48 @@ def test_reprojecting_needs_a_geometry():
         system.restore(torch.rand(1, 1, 16, 16), asked(1), [0])
     with pytest.raises(ValueError, match="reproject is -1, but must be a number of iterations, or 0"):
         make(reproject=-1)
+
+
+# ---------------------------------------------------------------------------------------------- data consistency
+
+
+@pytest.mark.parametrize("name", ["bridge", "pixels", "conditional"])
+def test_results_are_fitted_to_what_their_input_measures_and_to_nothing_else(name, data, tmp_path):
+    system = awake(fitted(tmp_path, data, **METHODS[name]))
+    given = data.test_set[[0, 1]].input
+    condition = asked(2)._replace(task=torch.tensor([TASKS.index("low_dose"), TASKS.index("delayed")]))
+    plain = replace(system.sampling, samples=2)
+    before = system.restore(given, condition, [3, 4], plain)
+    after = system.restore(given, condition, [3, 4], replace(plain, data_consistency=2))
+    assert torch.equal(after.samples[:, 1], before.samples[:, 1]), "the delayed frame is not what was measured"
+    ratio = system.input_scale(condition.task)[:1]
+    for ours, theirs in zip(after.samples, before.samples, strict=True):
+        wanted = fit_measured(theirs[:1], given[:1] / ratio, Radon(GEOMETRY), 2)
+        torch.testing.assert_close(ours[:1], wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
+        assert (ours[:1] - theirs[:1]).norm() > 0.01 * theirs[:1].norm()
+
+
+def test_two_tracers_are_fitted_to_the_mix_as_given(tmp_path):
+    data = TinyPairs("separation")
+    data.setup()
+    system = awake(fitted(tmp_path, data, reproject=1))
+    given = data.test_set[[0, 1]].input
+    condition = Condition.of("separation", ["FDG:abdomen"] * 4, target_tracers=["FDG", "PSMA"] * 2)
+    totals = [
+        system.restore(given, condition, [0, 1], BridgeSampling(nfe=1, data_consistency=n), 2).mean.sum(1, keepdim=True)
+        for n in (0, 8)
+    ]
+    inside = data.test_set[[0, 1]].expected.sum(1, keepdim=True) > 0.2 * given.max()
+    before, after = ((total - given)[inside].norm() for total in totals)
+    assert after < 0.8 * before
+
+
+def test_fitting_needs_a_geometry():
+    system = make().eval()
+    with pytest.raises(RuntimeError, match="no data are fitted: train on data first"):
+        system.restore(torch.rand(1, 1, 16, 16), asked(1), [0], BridgeSampling(data_consistency=1))
+    with pytest.raises(ValueError, match="data_consistency is -1, but must be a number of updates, or 0"):
+        BridgeSampling(data_consistency=-1)
 
 
 # ----------------------------------------------------------------------------------------------------- attention

@@ -103,7 +103,7 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
         ("p8/bare.npy", 0),
         ("p8/bare.npy", 1),
     ]
-    sampling = type(system.sampling)(nfe=2, samples=3)
+    sampling = type(system.sampling)(nfe=2, samples=3, data_consistency=4)  # as the file says
     by_hand = system.restore(batch.input, batch.condition, range(5), sampling)
     written = [read_scan(run / part / "p7/scan.h5") for part in parts]
     tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(by_hand.mean.max())}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from allpet import (
 from allpet.batches import unmasked_stack
 from allpet.metrics import standard_image
 from allpet.runs import newest_pretrained
-from allpet.simulation.tasks import TASKS
+from allpet.simulation.tasks import MEASURING, TASKS
 from allpet.systems.pair_synthesis import PHYSICS, synthesise_pairs
 from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
@@ -50,6 +51,8 @@ WITHOUT = {
     "bridge_without_sinogram_loss": ["--model.sinogram_weight=0"],
 }
 """The bridge without one of its parts each; low dose alone has these rows."""
+UPDATES = (4, 8)
+"""Of ``data_consistency``, with which results of one call are judged besides, where the input measures the targets."""
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
@@ -59,7 +62,7 @@ class Line(NamedTuple):
     """One way to sample what a row has trained.
 
     Attributes:
-        facts: what tells it from the row's other lines: ``nfe``, ``samples`` and ``attention``.
+        facts: what tells it from the row's other lines, see ``_facts``.
         result: ``(slices, targets, views, bins)``.
         more: further numbers.
     """
@@ -116,7 +119,7 @@ def _measure(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> di
     began = time.perf_counter()
     for line in _lines(plan, method, pairs, seed, folder):
         scores = plan.held_out.score(line.result)
-        label = "-".join(str(value) for value in line.facts.values())
+        label = label_of(line.facts)
         kept[label] = {"facts": line.facts, "targets": scores.targets, "lesions": scores.lesions}
         pictures[label] = line.result[plan.drawn()].half()
         spent = {"line_seconds": round(time.perf_counter() - began, 1)}
@@ -126,6 +129,12 @@ def _measure(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> di
     torch.save(kept, folder / "scores.pt")
     torch.save(pictures, folder / "pictures.pt")
     return {"lines": lines}
+
+
+def label_of(facts: dict[str, Any]) -> str:
+    """Return the name of a line in ``scores.pt`` and ``pictures.pt``."""
+    updates = f"-{facts['updates']}" if facts["updates"] else ""
+    return f"{facts['nfe']}-{facts['samples']}-{facts['attention']}{updates}"
 
 
 def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iterator[Line]:
@@ -138,8 +147,8 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         return
     if method == "prior":
         prior = PriorRestoration(LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed))))
-        for nfe in (1, 5):
-            yield Line(_facts(nfe), restore(plan, prior.restore, PairedSampling(nfe=nfe)).mean, {})
+        for sampling in (PairedSampling(nfe=1), PairedSampling(nfe=5), *_fitted(plan, PairedSampling(nfe=1))):
+            yield _line(plan, prior, sampling)
         return
     system = _train(plan, method, pairs, seed, folder)
     if method == "attention":
@@ -149,13 +158,19 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
     elif method == "conditional":
         for nfe in (20, 5):
             yield _line(plan, system, ConditionalSampling(nfe=nfe))
-    elif method.startswith("regression"):
-        yield _line(plan, system, BridgeSampling(nfe=1))
     else:
-        for nfe in (1, 5, 20):
-            yield _line(plan, system, BridgeSampling(nfe=nfe))
-        if method == "bridge" and pairs == plan.pairs:
-            yield _many(plan, system, BridgeSampling(nfe=5, samples=plan.samples))
+        once = BridgeSampling(nfe=1)
+        yield _line(plan, system, once)
+        if not method.startswith("regression"):
+            yield _line(plan, system, BridgeSampling(nfe=5))
+            yield _line(plan, system, BridgeSampling(nfe=20))
+        if pairs == plan.pairs and method in ("bridge", "regression", "regression_pixels"):
+            for fitted in _fitted(plan, once):
+                yield _line(plan, system, fitted)
+        if pairs == plan.pairs and method == "bridge":
+            several = BridgeSampling(nfe=5, samples=plan.samples)
+            for sampling in (several, *_fitted(plan, several)[:1]):
+                yield _many(plan, system, sampling)
 
 
 def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> PairedSystem:
@@ -201,12 +216,18 @@ def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, *
     return method(pairs.input, condition, pairs.sample_id.tolist(), sampling, pairs.expected.shape[1], **given)
 
 
-def _facts(nfe: int, samples: int = 1, attention: str = "") -> dict[str, Any]:
-    return {"nfe": nfe, "samples": samples, "attention": attention}
+def _facts(nfe: int, samples: int = 1, attention: str = "", updates: int = 0) -> dict[str, Any]:
+    return {"nfe": nfe, "samples": samples, "attention": attention, "updates": updates}
 
 
-def _line(plan: Plan, system: PairedSystem, sampling: Any) -> Line:
-    return Line(_facts(sampling.nfe), restore(plan, system.restore, sampling).mean, {})
+def _fitted(plan: Plan, sampling: PairedSampling) -> list[PairedSampling]:
+    """Return the same with as many updates towards the input as are judged; none where it does not measure."""
+    return [replace(sampling, data_consistency=n) for n in UPDATES] if plan.task in MEASURING else []
+
+
+def _line(plan: Plan, system: PairedSystem | PriorRestoration, sampling: PairedSampling) -> Line:
+    facts = _facts(sampling.nfe, updates=sampling.data_consistency)
+    return Line(facts, restore(plan, system.restore, sampling).mean, {})
 
 
 @torch.no_grad()
@@ -231,13 +252,14 @@ def _untrained(plan: Plan, method: str) -> Line:
     return Line(_facts(0), restore(plan, oracle.restore).mean, widths)
 
 
-def _many(plan: Plan, system: PairedSystem, sampling: BridgeSampling) -> Line:
+def _many(plan: Plan, system: PairedSystem, sampling: PairedSampling) -> Line:
     """Return the mean of several samples, and how often their intervals hold the truth."""
     restored = restore(plan, system.restore, sampling)
     curve = calibration(restored.samples, plan.held_out.pairs.expected)
     at = next(point for point in curve if point["level"] == 0.9)
     more = {"coverage_90": at["gauss"], "coverage_90_quantile": at["quantile"], "calibration": curve}
-    return Line(_facts(sampling.nfe, sampling.samples), restored.mean, more)
+    facts = _facts(sampling.nfe, sampling.samples, updates=sampling.data_consistency)
+    return Line(facts, restored.mean, more)
 
 
 def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from allpet.metrics import standard_image
 from allpet.prompts import TRACERS
+from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import WITHOUT, expanded
+from studies.downstream import UPDATES, WITHOUT, expanded
 from studies.downstream_plan import REDUCTION, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
 from studies.rows import Outcome
 
 OURS = ("bridge", "attention", "multi_task")
+REGRESSIONS = ("regression", "regression_pixels")
+LOW_DOSE_LIMITS = {"tissue_bias": 0.02, "lesion_max_bias": 0.10}
 SHOWN = {
     "psnr": "psnr",
     "ssim": "ssim",
@@ -43,8 +46,16 @@ SHOWN = {
     "line_seconds": "seconds",
 }
 """Columns of the table, and what they are called there; those that end in % are shares in the rows."""
-_GROUP = ("method", "pairs", "nfe", "samples", "attention")
-_PICTURED = ("gauss_oracle", "osem_oracle", "regression", "ddbm", "bridge", "prior")
+_GROUP = ("method", "pairs", "nfe", "samples", "attention", "updates")
+_PICTURED: dict[str, dict[str, str]] = {
+    "gauss_oracle": {"0-1-": "gauss_oracle"},
+    "osem_oracle": {"0-1-": "osem_oracle"},
+    "regression": {"1-1-": "regression"},
+    "ddbm": {"119-1-": "ddbm"},
+    "bridge": {"1-1-": "bridge, 1", "5-1-": "bridge, 5", "20-1-": "bridge, 20", "1-1--4": "bridge, 1\n+ 4 updates"},
+    "prior": {"1-1-": "prior"},
+}
+"""Which lines of which methods are shown, see ``label_of``, and what they are called."""
 Lines = Sequence[dict[str, Any]]
 
 
@@ -72,7 +83,9 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
         said = [
             _against_oracle(found),
             _against_regression(found),
-            _limits(found, {"tissue_bias": 0.02, "lesion_max_bias": 0.10}),
+            _limits(found, LOW_DOSE_LIMITS),
+            _fitting(found),
+            _least_biased(found),
             _dbim_against_ddbm(found),
             _attention(plan, outcome),
             _coverage(found),
@@ -84,6 +97,8 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
         said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
     else:
         said = [_biases_beside(found, other) for other in ("identity", "regression")]
+        if plan.task in MEASURING:
+            said.append(_fitting(found))
     return [*said, _one_for_all(found), _synthesis(found, plan, outcome)]
 
 
@@ -98,18 +113,18 @@ class _Found:
         wanted = {"method": method, "pairs": pairs or self.plan.pairs, **facts}
         return [line for line in self.lines if all(line[name] == value for name, value in wanted.items())]
 
-    def settings(self, methods: Sequence[str], limit: int = 10_000) -> list[list[dict[str, Any]]]:
+    def settings(self, methods: Sequence[str], limit: int = 10_000, **facts: Any) -> list[list[dict[str, Any]]]:
         """Return groups of lines, seeds together, of all ways to sample with at most so many calls per slice."""
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for method in methods:
-            for line in self.of(method):
+            for line in self.of(method, **facts):
                 if line["nfe"] * line["samples"] <= limit and not str(line["attention"]).startswith("roi"):
                     groups.setdefault(tuple(line[name] for name in _GROUP), []).append(line)
         return list(groups.values())
 
-    def best(self, methods: Sequence[str], name: str = "psnr", limit: int = 10_000) -> list[dict[str, Any]]:
-        """Return the group with the largest mean, or nothing."""
-        return max(self.settings(methods, limit), key=lambda group: over(group, name), default=[])
+    def best(self, methods: Sequence[str], limit: int = 10_000, **facts: Any) -> list[dict[str, Any]]:
+        """Return the group with the largest mean PSNR, or nothing."""
+        return max(self.settings(methods, limit, **facts), key=lambda group: over(group, "psnr"), default=[])
 
 
 def over(group: Lines, name: str) -> float:
@@ -123,7 +138,8 @@ def named(group: Lines) -> str:
     calls = f", {line['nfe']} call{'s' * (line['nfe'] != 1)}" if line["nfe"] else ""
     many = f", mean of {line['samples']} samples" if line["samples"] > 1 else ""
     attention = f", attention {line['attention']}" if line["attention"] else ""
-    return f"{line['method']}{calls}{many}{attention} ({len(group)} seed{'s' * (len(group) != 1)})"
+    updates = f", {line['updates']} updates of data consistency" if line["updates"] else ""
+    return f"{line['method']}{calls}{many}{attention}{updates} ({len(group)} seed{'s' * (len(group) != 1)})"
 
 
 def _verdict(holds: bool) -> str:
@@ -153,7 +169,7 @@ def _against_oracle(found: _Found) -> str:
 
 
 def _against_regression(found: _Found) -> str:
-    ours, theirs = found.best(OURS), found.best(("regression", "regression_pixels"))
+    ours, theirs = found.best(OURS), found.best(REGRESSIONS)
     if not ours or not theirs:
         return _missing("bridge", "regression")
     gain = over(ours, "psnr") - over(theirs, "psnr")
@@ -168,6 +184,10 @@ def _limits(found: _Found, limits: dict[str, float]) -> str:
     ours = found.best(OURS)
     if not ours:
         return _missing("bridge")
+    return f"Our best, {named(ours)}: {_within(ours, limits)}."
+
+
+def _within(ours: Lines, limits: dict[str, float]) -> str:
     parts = []
     for name, limit in limits.items():
         value, times, unit = abs(over(ours, name)), *((1, "") if name == "hl0" else (100, " %"))
@@ -176,11 +196,46 @@ def _limits(found: _Found, limits: dict[str, float]) -> str:
             f"{words.get(name, 'mean lesion SUVmax bias')} {times * value:.3g}{unit} (at most {times * limit:g}{unit}: "
             f"{_verdict(value <= limit)})"
         )
-    return f"Our best, {named(ours)}: {'; '.join(parts)}."
+    return "; ".join(parts)
+
+
+def _fitting(found: _Found) -> str:
+    """Say what updates towards the measured input bring, and which of ours has the least bias of lesions."""
+    parts = []
+    for method in ("bridge", "regression", "regression_pixels", "prior"):
+        groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, *UPDATES)]
+        if all(groups):
+            values = [
+                f"{over(group, 'psnr'):.2f} dB, lesions {100 * over(group, 'lesion_max_bias'):+.1f} %, tissues "
+                f"{100 * over(group, 'tissue_bias'):.1f} %"
+                for group in groups
+            ]
+            parts.append(f"{method} {'; '.join(values)}")
+    if not parts:
+        return _missing("bridge with data consistency")
+    updates = ", ".join(map(str, (0, *UPDATES)))
+    return (
+        f"Data consistency, {updates} updates after one call (sinogram PSNR, mean lesion SUVmax bias, mean tissue "
+        f"bias): {'. '.join(parts)}."
+    )
+
+
+def _least_biased(found: _Found) -> str:
+    """Hold our row of the smallest bias of lesions against everything that is expected of one."""
+    groups, oracle, theirs = found.settings(OURS), found.of("gauss_oracle"), found.best(REGRESSIONS)
+    if not groups or not oracle or not theirs:
+        return _missing("bridge", "gauss_oracle", "regression")
+    ours = min(groups, key=lambda group: abs(over(group, "lesion_max_bias")))
+    gain, other = (over(ours, "psnr") - over(group, "psnr") for group in (oracle, theirs))
+    return (
+        f"Of ours the least biased lesions has {named(ours)}: {over(ours, 'psnr'):.2f} dB, {gain:+.2f} dB to the "
+        f"best-Gauss oracle (+2: {_verdict(gain >= 2)}), {other:+.2f} dB to the regression U-Net's best; "
+        f"{_within(ours, LOW_DOSE_LIMITS)}."
+    )
 
 
 def _dbim_against_ddbm(found: _Found) -> str:
-    ours, theirs = found.best(("bridge",), limit=10), found.of("ddbm")
+    ours, theirs = found.best(("bridge",), limit=10, updates=0), found.of("ddbm")
     if not ours or not theirs:
         return _missing("bridge", "ddbm")
     psnr, ssim = (over(ours, name) - over(theirs, name) for name in ("psnr", "ssim"))
@@ -244,14 +299,18 @@ def _interval(
 
 
 def _coverage(found: _Found) -> str:
-    lines = [line for line in found.of("bridge") if "coverage_90" in line]
+    lines = [line for line in found.of("bridge", updates=0) if "coverage_90" in line]
     if not lines:
         return _missing("bridge with several samples")
     gauss, quantile = over(lines, "coverage_90"), over(lines, "coverage_90_quantile")
+    fitted = [line for line in found.of("bridge", updates=UPDATES[0]) if "coverage_90" in line]
+    beside = ""
+    if fitted:
+        beside = f" After {UPDATES[0]} updates of data consistency {100 * over(fitted, 'coverage_90'):.1f} %."
     return (
         f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in "
         f"{100 * gauss:.1f} % of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
-        f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off."
+        f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off.{beside}"
     )
 
 
@@ -325,7 +384,7 @@ def _biases_beside(found: _Found, other: str) -> str:
 
 
 def _one_for_all(found: _Found) -> str:
-    one, own = found.of("multi_task", nfe=1), found.of("bridge", nfe=1)
+    one, own = found.of("multi_task", nfe=1, updates=0), found.of("bridge", nfe=1, updates=0)
     if not one or not own:
         return _missing("multi_task", "bridge")
     return (
@@ -350,14 +409,12 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
     """Draw the page of pictures, and for low dose the calibration curve; return what was written."""
     kept: dict[str, Tensor] = {}
     seed = min((row["seed"] for row in outcome.done), default=0)
-    for name in _PICTURED:
+    for name, titles in _PICTURED.items():
         rows = [row for row in outcome.done if row["method"] == name and row["pairs"] == plan.pairs]
         rows = [row for row in rows if row["seed"] == seed]
         if rows and (file := plan.folder / rows[0]["row"] / "pictures.pt").exists():
-            for label, result in torch.load(file, weights_only=True).items():
-                nfe, samples, _ = label.split("-", 2)
-                if name != "bridge" or (nfe, samples) in (("1", "1"), ("5", "1"), ("20", "1")):
-                    kept[f"{name}, {nfe}" if name == "bridge" else name] = result.float()
+            pictures = torch.load(file, weights_only=True)
+            kept |= {title: pictures[label].float() for label, title in titles.items() if label in pictures}
     written = [save_figure(_page(plan, kept), path)]
     rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
     generated = [plan.folder / row["row"] / "generated.safetensors" for row in rows]
@@ -370,8 +427,9 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
 
 
 def curves(done: Lines) -> list[list[dict[str, float]]]:
-    """Return the calibration curves of the rows that have one."""
-    return [line["calibration"] for row in done for line in row["lines"] if "calibration" in line]
+    """Return the calibration curves of the rows that have one, before any update towards the input."""
+    lines = [line for row in done for line in row["lines"] if not line["updates"]]
+    return [line["calibration"] for line in lines if "calibration" in line]
 
 
 def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:

@@ -25,6 +25,7 @@ from allpet.reconstruction import osem
 from allpet.symmetry import extend
 
 Correction = Literal["bow_tie", "helgason_ludwig", "reproject"]
+_EMPTY = 1e-3  # of the largest value; where less is expected, the measured value is not heeded
 
 
 def helgason_ludwig_residual(sinogram: Tensor, geometry: ParallelBeam, n_max: int = 20) -> Tensor:
@@ -228,6 +229,45 @@ def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: in
     dividing = next(n for n in range(min(subsets, n_views), 0, -1) if n_views % n == 0)
     updates = iterations * min(subsets, n_views)
     return osem(radon, sinogram.clamp(min=0), math.ceil(updates / dividing), dividing)
+
+
+def fit_measured(result: Tensor, measured: Tensor, radon: Radon, updates: int) -> Tensor:
+    """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
+
+    Expectation maximisation that starts at the images of the results (``quick_image``) instead of at a uniform one:
+    ``x_k <- x_k max(R' (y / sum_j R x_j), 0) / R' 1``. Few updates correct what many counts agree on, as the uptake of
+    a lesion that a network has drawn too faint, and leave to the network what the counts do not say; many fit the
+    noise. Negative values of *measured*, which corrections for randoms and scatter leave, count as they are: cut, they
+    would add activity where there is little.
+
+    Args:
+        result: of each sinogram its targets, ``(batch, targets, views, bins)``; negative values count as zero.
+        measured: their sum, with noise, corrected and in the same units, ``(batch, 1, views, bins)``.
+        radon: the projector of their geometry.
+        updates: how many, each with all views.
+
+    Returns:
+        the projections of the images, same shape and units as *result*, never negative.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``updates`` is less than 1.
+    """
+    batch, n_targets = result.shape[:2]
+    if updates < 1 or measured.shape != (batch, 1, *radon.sinogram_shape) or result.shape[2:] != measured.shape[2:]:
+        raise ValueError(
+            f"updates is {updates} and the shapes are {tuple(result.shape)} and {tuple(measured.shape)}; expected at "
+            f"least 1, (batch, targets, *{radon.sinogram_shape}) and (batch, 1, *{radon.sinogram_shape})."
+        )
+    image = quick_image(result.flatten(0, 1)[:, None], radon)
+    seen = radon.backproject(torch.ones_like(measured[:1]))
+    # Bins that are all but empty say nothing: a ratio to next to nothing is noise.
+    empty = _EMPTY * result.sum(1, keepdim=True).amax((2, 3), keepdim=True)
+    for _ in range(updates):
+        total = radon.project(image).unflatten(0, (batch, n_targets)).sum(1)
+        ratio = torch.where(total > empty, measured / torch.where(total > empty, total, 1), 1)
+        factor = radon.backproject(ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
+        image = image * factor.repeat_interleave(n_targets, 0)
+    return radon.project(image).view_as(result)
 
 
 def make_consistent(sinogram: Tensor, radon: Radon, method: Correction) -> Tensor:

@@ -57,6 +57,8 @@ from allpet.simulation.trunk import Trunk
 
 TASKS = ("low_dose", "attenuation", "delayed", "separation", "conversion")
 TWO_TRACERS = ("separation", "conversion")
+MEASURING = ("low_dose", "separation")
+"""Tasks whose input is, but for noise, the sum of the targets."""
 _VOIDED, _VOIDED_URINE = 0.4, 0.3  # share of patients who void between the scans, and their urine's activity after it
 _BOWEL_MM = 6.0  # standard deviation of the displacement of a loop between the scans
 

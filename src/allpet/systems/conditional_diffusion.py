@@ -32,9 +32,10 @@ class ConditionalSampling(PairedSampling):
 
     Args:
         nfe: denoiser calls per sample, that is steps.
-        samples: see ``PairedSampling``, as the next two.
+        samples: see ``PairedSampling``, as the next three.
         batch_size: latents per denoiser call.
         attention_strength: of a model that attends.
+        data_consistency: updates towards what was measured.
         sampler: "ddim" or "ddpm".
         eta: of "ddim": share of fresh noise per step.
     """

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from allpet.attention import TransparentMedicalAttention
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
-from allpet.consistency import reproject
+from allpet.consistency import fit_measured, reproject
 from allpet.diffusion.preconditioning import measure_pairs
 from allpet.geometry import ParallelBeam
 from allpet.metrics import psnr, relative_l2
@@ -28,7 +28,7 @@ from allpet.models.pixel_space import PixelSpace
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.randomness import keyed_generator
-from allpet.simulation.tasks import TASKS, PairedBatch
+from allpet.simulation.tasks import MEASURING, TASKS, PairedBatch
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
 from allpet.systems.latents import Aside, LatentSystem
@@ -79,12 +79,16 @@ class PairedSampling:
         samples: how many to draw for each input; their mean and standard deviation are returned.
         batch_size: latents per network call.
         attention_strength: how strongly a model that attends does so, see ``TransparentMedicalAttention``.
+        data_consistency: updates by which each result of a task whose input measures the sum of the targets
+            (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
+            stay as they are. 0 for none.
     """
 
     nfe: int = 5
     samples: int = 1
     batch_size: int = 64
     attention_strength: float = 1.0
+    data_consistency: int = 0
 
     def __post_init__(self) -> None:
         for name in ("nfe", "samples", "batch_size"):
@@ -92,6 +96,34 @@ class PairedSampling:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if not 0 <= self.attention_strength < float("inf"):
             raise ValueError(f"attention_strength is {self.attention_strength}, but must be finite and not negative.")
+        if self.data_consistency < 0:
+            raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
+
+    def fit(self, result: Tensor, measured: Tensor, task: Tensor, geometry: ParallelBeam | None) -> Tensor:
+        """Return results after ``data_consistency`` updates, where the task is one that they are for.
+
+        Args:
+            result: ``(batch, targets, views, bins)``.
+            measured: at the same scale, ``(batch, 1, views, bins)``.
+            task: of each, ``(batch,)``.
+            geometry: of the sinograms.
+
+        Raises:
+            RuntimeError: if the geometry is needed and None.
+        """
+        measuring = torch.tensor([TASKS.index(name) for name in MEASURING], device=task.device)
+        chosen = torch.isin(task, measuring).nonzero()[:, 0].to(result.device)
+        if not self.data_consistency or not len(chosen):
+            return result
+        if geometry is None:
+            raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
+        radon = Radon(geometry)
+        with torch.autocast(result.device.type, enabled=False):
+            fitted = [
+                fit_measured(result[rows].float(), measured[rows].float(), radon, self.data_consistency)
+                for rows in chosen.split(self.batch_size)
+            ]
+        return result.index_copy(0, chosen, torch.cat(fitted).to(result))
 
 
 class PairedSystem(LatentSystem):
@@ -343,7 +375,8 @@ class PairedSystem(LatentSystem):
             condition: one entry per target: ``batch * n_targets``, those of an input one after another.
             seeds: one per input; equal seeds and inputs give equal results whatever the batch.
             sampling: how to; None takes the system's own.
-            n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the source.
+            n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the source,
+                or, with ``data_consistency``, nearly to the given sinogram.
             progress: whether to show a progress bar.
             roi: where a clinician wants the model to look, ``(batch or 1, 1, rows, columns)``, bool.
             attention_strength: how strongly; None for the sampling's.
@@ -374,7 +407,8 @@ class PairedSystem(LatentSystem):
             if n_targets > 1:
                 mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
-            results.append(full)
+            measured = scaled * ratio if n_targets > 1 else scaled
+            results.append(sampling.fit(full, measured, condition.task[::n_targets], self.geometry))
         return Restored.of(torch.stack(results))
 
     def starting(self, given: Tensor) -> Tensor:

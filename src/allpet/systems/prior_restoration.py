@@ -121,7 +121,8 @@ class PriorRestoration:
                 part = Prompt(prompt.tracer[rows], prompt.region[rows])
                 pieces.append(self._denoise(noisy, spread, part, sampling.nfe))
             full = model.autoencoder.decode(torch.cat(pieces), shape).full
-            results.append(model.autoencoder.scaling.inverse(full))
+            restored = model.autoencoder.scaling.inverse(full)
+            results.append(sampling.fit(restored, given, condition.task, self.geometry))
         return Restored.of(torch.stack(results))
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
