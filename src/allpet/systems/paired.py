@@ -81,7 +81,8 @@ class PairedSampling:
         attention_strength: how strongly a model that attends does so, see ``TransparentMedicalAttention``.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
-            stay as they are. 0 for none.
+            stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
+            so that their spread still says how well the counts are known.
     """
 
     nfe: int = 5
@@ -99,14 +100,26 @@ class PairedSampling:
         if self.data_consistency < 0:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
 
-    def fit(self, result: Tensor, measured: Tensor, task: Tensor, geometry: ParallelBeam | None) -> Tensor:
+    def fit(
+        self,
+        result: Tensor,
+        measured: Tensor,
+        task: Tensor,
+        geometry: ParallelBeam | None,
+        keys: Sequence[tuple[int, int]],
+    ) -> Tensor:
         """Return results after ``data_consistency`` updates, where the task is one that they are for.
+
+        The noise that is added for several samples is what the measurement differs from the result by, with random
+        signs (wild bootstrap, Wu 1986): it needs no model of the variance, which attenuation and corrections make
+        uneven.
 
         Args:
             result: ``(batch, targets, views, bins)``.
             measured: at the same scale, ``(batch, 1, views, bins)``.
             task: of each, ``(batch,)``.
             geometry: of the sinograms.
+            keys: seed and number of the sample of each, which the signs depend on alone.
 
         Raises:
             RuntimeError: if the geometry is needed and None.
@@ -117,12 +130,15 @@ class PairedSampling:
             return result
         if geometry is None:
             raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
-        radon = Radon(geometry)
+        radon, fitted = Radon(geometry), []
         with torch.autocast(result.device.type, enabled=False):
-            fitted = [
-                fit_measured(result[rows].float(), measured[rows].float(), radon, self.data_consistency)
-                for rows in chosen.split(self.batch_size)
-            ]
+            for rows in chosen.split(self.batch_size):
+                ours, given = result[rows].float(), measured[rows].float()
+                if self.samples > 1:
+                    generators = [keyed_generator(*keys[row], "measured") for row in rows.tolist()]
+                    coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
+                    given = given + (given - ours.sum(1, keepdim=True)) * (2 * torch.stack(coins).to(given) - 1)
+                fitted.append(fit_measured(ours, given, radon, self.data_consistency))
         return result.index_copy(0, chosen, torch.cat(fitted).to(result))
 
 
@@ -408,7 +424,8 @@ class PairedSystem(LatentSystem):
                 mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
             measured = scaled * ratio if n_targets > 1 else scaled
-            results.append(sampling.fit(full, measured, condition.task[::n_targets], self.geometry))
+            tasks, slices = condition.task[::n_targets], [(seed, draw) for seed in seeds]
+            results.append(sampling.fit(full, measured, tasks, self.geometry, slices))
         return Restored.of(torch.stack(results))
 
     def starting(self, given: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ class PriorRestoration:
                 pieces.append(self._denoise(noisy, spread, part, sampling.nfe))
             full = model.autoencoder.decode(torch.cat(pieces), shape).full
             restored = model.autoencoder.scaling.inverse(full)
-            results.append(sampling.fit(restored, given, condition.task, self.geometry))
+            slices = [(seed, draw) for seed in seeds]
+            results.append(sampling.fit(restored, given, condition.task, self.geometry, slices))
         return Restored.of(torch.stack(results))
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
