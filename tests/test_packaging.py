@@ -142,6 +142,10 @@ def test_make_lists_every_target():
             ["finetune", "TASK=low_dose", "DATA=my pairs", "DOSE=0.05", "PROMPT=FDG:brain", "PAIRS=9"],
             '--data.folder "my pairs" --data.dose 0.05  --data.tracer FDG --data.region brain  --data.num_scans 9',
         ),
+        (
+            ["restore", "TASK=low_dose", "DATA=a", "UPDATES=0"],
+            "--model.sampling.data_consistency 0",
+        ),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
         (["gpu-check", "PYTHON=/opt/python"], "/opt/python experiments/benchmarks/gpu_check.py"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from allpet import Condition, Denoiser, Diffusion, LatentDiffusion, ParallelBeam, PixelSpace, Prompt, Radon
 from allpet.conditions import LABEL_SIZE, reverse_pairs
+from allpet.consistency import fit_measured
 from allpet.prompts import TRACERS
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
@@ -259,6 +260,15 @@ def test_more_noise_begins_later_and_samples_differ():
     drawn = method.restore(batch.input, asked, [0, 1], PairedSampling(nfe=1, samples=3))
     assert drawn.samples.shape == (3, 2, 1, *GEOMETRY.sinogram_shape)
     assert (drawn.std > 0).any()
+
+
+def test_what_the_prior_makes_of_a_scan_is_fitted_to_it():
+    method, batch = PriorRestoration(prior()), pairs()[[0, 1]]
+    asked = Condition.of("low_dose", ["FDG:abdomen"] * 2, dose=0.1)
+    before, after = (
+        method.restore(batch.input, asked, [0, 1], PairedSampling(nfe=1, data_consistency=n)).mean for n in (0, 3)
+    )
+    torch.testing.assert_close(after, fit_measured(before, batch.input, Radon(GEOMETRY), 3))
 
 
 def test_files_of_pairs_are_written_where_they_are_asked_for(tmp_path: Path):

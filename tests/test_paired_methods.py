@@ -331,19 +331,31 @@ def test_samples_that_are_fitted_differ_by_what_the_counts_leave_open(data, tmp_
     truth = data.test_set[[0]].expected
     noise = 0.1 * truth.max() * torch.randn(n, *truth.shape, generator=keyed_generator("measured"))
     sampling = BridgeSampling(samples=n, data_consistency=3)
-    once = [sampling.fit(truth, truth + noise[0], task, GEOMETRY, [(7, draw)]) for draw in range(n)]
-    truly = [fit_measured(truth, truth + one, radon, 3) for one in noise]
+    once = sampling.fit(truth.expand(n, -1, -1, -1, -1), truth + noise[0], task, GEOMETRY, [7])
+    truly = torch.stack([fit_measured(truth, truth + one, radon, 3) for one in noise])
     inside = truth > 0.2 * truth.max()
-    spreads = [torch.stack(results).std(0)[inside].mean() for results in (once, truly)]
+    spreads = [results.std(0)[inside].mean() for results in (once, truly)]
     assert spreads[0] == pytest.approx(float(spreads[1]), rel=0.2)
-    alone = replace(sampling, samples=1).fit(truth, truth + noise[0], task, GEOMETRY, [(7, 0)])
-    assert (torch.stack(once).mean(0) - alone)[inside].abs().mean() < 0.3 * spreads[0], "about the same mean"
+    alone = sampling.fit(truth[None], truth + noise[0], task, GEOMETRY, [7])[0]
+    assert (once.mean(0) - alone)[inside].abs().mean() < 0.3 * spreads[0], "about the same mean"
     system = awake(fitted(tmp_path, data))
     given = data.test_set[[0, 1]].input
     several = system.restore(given, asked(2), [3, 4], replace(sampling, samples=2, nfe=1))
     assert (several.std.amax((1, 2, 3)) > 0).all()
     again = system.restore(given[1:], asked(1), [4], replace(sampling, samples=2, nfe=1))
     torch.testing.assert_close(again.samples[:, 0], several.samples[:, 1], rtol=1e-3, atol=1e-3 * float(given.max()))
+
+
+def test_one_of_two_tracers_is_not_fitted_to_the_sum_of_both():
+    """As multi-task training and the reverse direction have them."""
+    one, sum_of_both = torch.rand(1, 3, 1, 16, 16), 2 + torch.rand(3, 1, 16, 16)
+    sampling, task = BridgeSampling(data_consistency=2, batch_size=2), torch.full((3,), TASKS.index("separation"))
+    assert torch.equal(sampling.fit(one, sum_of_both, task, GEOMETRY, range(3)), one)
+    both = one.expand(-1, -1, 2, -1, -1)
+    in_parts = sampling.fit(both, sum_of_both, task, GEOMETRY, range(3))
+    assert (in_parts.sum(2).sum() - sum_of_both.sum()).abs() < 0.5 * (both.sum(2).sum() - sum_of_both.sum()).abs()
+    at_once = replace(sampling, batch_size=3).fit(both, sum_of_both, task, GEOMETRY, range(3))
+    torch.testing.assert_close(in_parts, at_once)
 
 
 def test_two_tracers_are_fitted_to_the_mix_as_given(tmp_path):

@@ -36,7 +36,7 @@ from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 from data_modules.paired_set import write_pairs
-from studies.downstream_plan import Plan
+from studies.downstream_plan import UPDATES, Plan
 from studies.downstream_scores import calibration
 from studies.rows import Row
 from studies.training import GUIDANCE
@@ -51,8 +51,6 @@ WITHOUT = {
     "bridge_without_sinogram_loss": ["--model.sinogram_weight=0"],
 }
 """The bridge without one of its parts each; low dose alone has these rows."""
-UPDATES = (4, 8)
-"""Of ``data_consistency``, with which results of one call are judged besides, where the input measures the targets."""
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""

@@ -18,7 +18,7 @@ from allpet.cli import main as allpet
 from allpet.pretrained import pretrained_class
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
-from allpet.simulation.tasks import PairedBatch, PairOptions
+from allpet.simulation.tasks import MEASURING, PairedBatch, PairOptions
 from allpet.systems.conditional_diffusion import ConditionalDiffusion
 from allpet.systems.latent_bridge import LatentBridge
 from allpet.systems.paired import PairedSystem
@@ -27,6 +27,8 @@ from data_modules.simulated import PAPER_PROMPTS
 from studies.downstream_scores import HeldOut
 from studies.training import HERE, Budget, Recipe, scale_file, train
 
+UPDATES = (4, 8)
+"""Of ``data_consistency``, by which results are judged besides, where the input measures the targets."""
 REDUCTION = 20
 """Dose reduction at which low dose is judged; trained on are all of them, as users would."""
 ALL_PROMPTS = (*PAPER_PROMPTS, "FDG:pelvis", "PSMA:pelvis")
@@ -73,7 +75,8 @@ class Plan:
         """Return what is known of a row beforehand."""
         facts = {"task": self.task, "method": method, "pairs": pairs, "seed": seed, "steps": self.steps}
         facts |= {"vae": self.stages.vae, "ldm": self.stages.ldm, "slices": self.slices, "samples": self.samples}
-        return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem}
+        fitted = {"data_consistency": list(UPDATES)} if self.task in MEASURING else {}
+        return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem} | fitted
 
     @cached_property
     def data(self) -> PairedTask:

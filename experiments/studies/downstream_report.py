@@ -20,8 +20,8 @@ from allpet.prompts import TRACERS
 from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import UPDATES, WITHOUT, expanded
-from studies.downstream_plan import REDUCTION, Plan
+from studies.downstream import WITHOUT, expanded, label_of
+from studies.downstream_plan import REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
 from studies.rows import Outcome
@@ -47,15 +47,15 @@ SHOWN = {
 }
 """Columns of the table, and what they are called there; those that end in % are shares in the rows."""
 _GROUP = ("method", "pairs", "nfe", "samples", "attention", "updates")
-_PICTURED: dict[str, dict[str, str]] = {
-    "gauss_oracle": {"0-1-": "gauss_oracle"},
-    "osem_oracle": {"0-1-": "osem_oracle"},
-    "regression": {"1-1-": "regression"},
-    "ddbm": {"119-1-": "ddbm"},
-    "bridge": {"1-1-": "bridge, 1", "5-1-": "bridge, 5", "20-1-": "bridge, 20", "1-1--4": "bridge, 1\n+ 4 updates"},
-    "prior": {"1-1-": "prior"},
+_PICTURED = {
+    "gauss_oracle": [(0, 0)],
+    "osem_oracle": [(0, 0)],
+    "regression": [(1, 0)],
+    "ddbm": [(119, 0)],
+    "bridge": [(1, 0), (5, 0), (20, 0), (1, UPDATES[0])],
+    "prior": [(1, 0)],
 }
-"""Which lines of which methods are shown, see ``label_of``, and what they are called."""
+"""Which lines of which methods are shown: numbers of calls and of updates."""
 Lines = Sequence[dict[str, Any]]
 
 
@@ -200,7 +200,7 @@ def _within(ours: Lines, limits: dict[str, float]) -> str:
 
 
 def _fitting(found: _Found) -> str:
-    """Say what updates towards the measured input bring, and which of ours has the least bias of lesions."""
+    """Say what updates towards the measured input bring to the results of one call."""
     parts = []
     for method in ("bridge", "regression", "regression_pixels", "prior"):
         groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, *UPDATES)]
@@ -369,7 +369,7 @@ def _prior(found: _Found) -> str:
 
 
 def _biases_beside(found: _Found, other: str) -> str:
-    ours, theirs = found.best(OURS), found.of(other)
+    ours, theirs = found.best(OURS), found.best((other,))
     if not ours or not theirs:
         return _missing("bridge", other)
     parts = []
@@ -380,7 +380,7 @@ def _biases_beside(found: _Found, other: str) -> str:
         mine, other_value = over(ours, name), over(theirs, name)
         verdict = "better" if mine < other_value else "not better"
         parts.append(f"{words} {100 * mine:.1f} % against {100 * other_value:.1f} %: {verdict}")
-    return f"Our best, {named(ours)}, beside {other}: {'; '.join(parts)}."
+    return f"Our best, {named(ours)}, beside {named(theirs)}: {'; '.join(parts)}."
 
 
 def _one_for_all(found: _Found) -> str:
@@ -409,12 +409,16 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
     """Draw the page of pictures, and for low dose the calibration curve; return what was written."""
     kept: dict[str, Tensor] = {}
     seed = min((row["seed"] for row in outcome.done), default=0)
-    for name, titles in _PICTURED.items():
+    for name, lines in _PICTURED.items():
         rows = [row for row in outcome.done if row["method"] == name and row["pairs"] == plan.pairs]
         rows = [row for row in rows if row["seed"] == seed]
         if rows and (file := plan.folder / rows[0]["row"] / "pictures.pt").exists():
             pictures = torch.load(file, weights_only=True)
-            kept |= {title: pictures[label].float() for label, title in titles.items() if label in pictures}
+            for nfe, updates in lines:
+                title = f"{name}, {nfe}" if len(lines) > 1 else name
+                label = label_of({"nfe": nfe, "samples": 1, "attention": "", "updates": updates})
+                if label in pictures:
+                    kept[title + f"\n+ {updates} updates" * bool(updates)] = pictures[label].float()
     written = [save_figure(_page(plan, kept), path)]
     rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
     generated = [plan.folder / row["row"] / "generated.safetensors" for row in rows]

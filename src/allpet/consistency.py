@@ -234,11 +234,14 @@ def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: in
 def fit_measured(result: Tensor, measured: Tensor, radon: Radon, updates: int) -> Tensor:
     """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
 
-    Expectation maximisation that starts at the images of the results (``quick_image``) instead of at a uniform one:
-    ``x_k <- x_k max(R' (y / sum_j R x_j), 0) / R' 1``. Few updates correct what many counts agree on, as the uptake of
-    a lesion that a network has drawn too faint, and leave to the network what the counts do not say; many fit the
-    noise. Negative values of *measured*, which corrections for randoms and scatter leave, count as they are: cut, they
-    would add activity where there is little.
+    Expectation maximisation (Shepp and Vardi 1982) that starts at the images of the results (``quick_image``, which
+    keep no finer detail than few iterations of OSEM do) instead of at a uniform one: ``x_k <- x_k max(R' (y / sum_j R
+    x_j), 0) / R' 1``. Few updates correct what many counts agree on, as the uptake of a lesion that a network has drawn
+    too faint, and leave to the network what the counts do not say; many fit the noise. Where *measured* was corrected,
+    this is no longer the likelihood of counts: bins weigh as if their variance went with the corrected activity, and
+    negative values, which corrections for randoms and scatter leave, count as they are, for cut they would add
+    activity where there is little. Sinograms that are not corrected for attenuation are no projections: do not fit
+    them.
 
     Args:
         result: of each sinogram its targets, ``(batch, targets, views, bins)``; negative values count as zero.

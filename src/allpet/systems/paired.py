@@ -82,7 +82,8 @@ class PairedSampling:
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
             stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
-            so that their spread still says how well the counts are known.
+            so that their spread still says how well the counts are known; with K samples the noise of their mean has
+            1 / K more variance.
     """
 
     nfe: int = 5
@@ -101,45 +102,44 @@ class PairedSampling:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
 
     def fit(
-        self,
-        result: Tensor,
-        measured: Tensor,
-        task: Tensor,
-        geometry: ParallelBeam | None,
-        keys: Sequence[tuple[int, int]],
+        self, samples: Tensor, measured: Tensor, task: Tensor, geometry: ParallelBeam | None, seeds: Sequence[int]
     ) -> Tensor:
-        """Return results after ``data_consistency`` updates, where the task is one that they are for.
+        """Return samples after ``data_consistency`` updates, where they are all that the measurement is the sum of.
 
-        The noise that is added for several samples is what the measurement differs from the result by, with random
-        signs (wild bootstrap, Wu 1986): it needs no model of the variance, which attenuation and corrections make
-        uneven.
+        The noise that is added for several samples is what the measurement differs from the sample by, with random
+        signs (wild bootstrap, Wu 1986, Liu 1988): it needs no model of the variance, which attenuation and corrections
+        make uneven, but takes errors of the sample for noise, too.
 
         Args:
-            result: ``(batch, targets, views, bins)``.
+            samples: ``(samples, batch, targets, views, bins)``.
             measured: at the same scale, ``(batch, 1, views, bins)``.
             task: of each, ``(batch,)``.
             geometry: of the sinograms.
-            keys: seed and number of the sample of each, which the signs depend on alone.
+            seeds: one per measurement; the signs depend on it and the number of the sample alone.
 
         Raises:
             RuntimeError: if the geometry is needed and None.
         """
-        measuring = torch.tensor([TASKS.index(name) for name in MEASURING], device=task.device)
-        chosen = torch.isin(task, measuring).nonzero()[:, 0].to(result.device)
-        if not self.data_consistency or not len(chosen):
-            return result
+        if not self.data_consistency:
+            return samples
+        whole = [TASKS.index(name) for name, targets in MEASURING.items() if targets == samples.shape[2]]
+        chosen = [row for row, number in enumerate(task.tolist()) if number in whole]
+        if not chosen:
+            return samples
         if geometry is None:
             raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
-        radon, fitted = Radon(geometry), []
-        with torch.autocast(result.device.type, enabled=False):
-            for rows in chosen.split(self.batch_size):
-                ours, given = result[rows].float(), measured[rows].float()
-                if self.samples > 1:
-                    generators = [keyed_generator(*keys[row], "measured") for row in rows.tolist()]
-                    coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
-                    given = given + (given - ours.sum(1, keepdim=True)) * (2 * torch.stack(coins).to(given) - 1)
-                fitted.append(fit_measured(ours, given, radon, self.data_consistency))
-        return result.index_copy(0, chosen, torch.cat(fitted).to(result))
+        radon, samples = Radon(geometry), samples.clone()
+        with torch.autocast(samples.device.type, enabled=False):
+            for draw, results in enumerate(samples):
+                for start in range(0, len(chosen), self.batch_size):
+                    rows = chosen[start : start + self.batch_size]
+                    ours, given = results[rows].float(), measured[rows].float()
+                    if len(samples) > 1:
+                        generators = [keyed_generator(seeds[row], draw, "measured") for row in rows]
+                        coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
+                        given = given + (given - ours.sum(1, keepdim=True)) * (2 * torch.stack(coins).to(given) - 1)
+                    results[rows] = fit_measured(ours, given, radon, self.data_consistency).to(results)
+        return samples
 
 
 class PairedSystem(LatentSystem):
@@ -366,7 +366,7 @@ class PairedSystem(LatentSystem):
         self._log_errors("test", batch, self.sampling)
 
     def predict_step(self, batch: PairedBatch | RestorationBatch, batch_idx: int) -> Restored:
-        """Restore a batch; sample i of a slice depends on its identity and i alone."""
+        """Restore a batch; sample i of a slice depends on its identity, i, and whether there are several alone."""
         if isinstance(batch, RestorationBatch):
             seeds = batch.seed.tolist()
             return self.restore(batch.input, batch.condition, seeds, None, batch.n_targets, roi=batch.roi)
@@ -423,10 +423,11 @@ class PairedSystem(LatentSystem):
             if n_targets > 1:
                 mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
-            measured = scaled * ratio if n_targets > 1 else scaled
-            tasks, slices = condition.task[::n_targets], [(seed, draw) for seed in seeds]
-            results.append(sampling.fit(full, measured, tasks, self.geometry, slices))
-        return Restored.of(torch.stack(results))
+            results.append(full)
+        # Two targets add up to the input as given: their scale is its own.
+        measured = given.to(self.device) if n_targets > 1 else scaled
+        tasks = condition.task[::n_targets]
+        return Restored.of(sampling.fit(torch.stack(results), measured, tasks, self.geometry, seeds))
 
     def starting(self, given: Tensor) -> Tensor:
         """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.

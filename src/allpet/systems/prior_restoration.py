@@ -90,7 +90,7 @@ class PriorRestoration:
 
         Args:
             given: ``(batch, 1, views, bins)`` in the units of stage 2's data, corrected for attenuation.
-            condition: of which only tracer and region are heeded: the dose is measured.
+            condition: of which only tracer and region are heeded: the dose is measured. The task must be "low_dose".
             seeds: one per input.
             sampling: how to; None takes the method's own. Samples differ by noise that is added before the denoiser is
                 called, half as much again as the input has.
@@ -121,10 +121,8 @@ class PriorRestoration:
                 part = Prompt(prompt.tracer[rows], prompt.region[rows])
                 pieces.append(self._denoise(noisy, spread, part, sampling.nfe))
             full = model.autoencoder.decode(torch.cat(pieces), shape).full
-            restored = model.autoencoder.scaling.inverse(full)
-            slices = [(seed, draw) for seed in seeds]
-            results.append(sampling.fit(restored, given, condition.task, self.geometry, slices))
-        return Restored.of(torch.stack(results))
+            results.append(model.autoencoder.scaling.inverse(full))
+        return Restored.of(sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds))
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the standard deviation of the noise in the latent of each input, ``(batch,)``.
