@@ -278,7 +278,10 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
     assert "beside identity (1 seed): mean tissue bias 1.0 % against 20.0 %: better" in text
     assert "beside regression, 1 call (1 seed): mean tissue bias 1.0 % against 0.5 %: not better" in text
     covered = row("bridge", samples=16, coverage_90=0.8, coverage_90_quantile=0.7)
-    assert "85 to 95 % does not hold" in said("low_dose", covered)
+    covered["lines"].append({**covered["lines"][0], "nfe": 20, "coverage_90": 0.9, "coverage_90_quantile": 0.8})
+    text = said("low_dose", covered)
+    assert "1 call, mean of 16 samples (1 seed) 80.0 % (70.0 %; 85 to 95 %: does not hold)" in text
+    assert "20 calls, mean of 16 samples (1 seed) 90.0 % (80.0 %; 85 to 95 %: holds)" in text
 
 
 def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):

@@ -166,9 +166,8 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
             for fitted in _fitted(plan, once):
                 yield _line(plan, system, fitted)
         if pairs == plan.pairs and method == "bridge":
-            several = BridgeSampling(nfe=5, samples=plan.samples)
-            for sampling in (several, *_fitted(plan, several)[:1]):
-                yield _many(plan, system, sampling)
+            for several in _several(plan):
+                yield _many(plan, system, several)
 
 
 def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> PairedSystem:
@@ -221,6 +220,13 @@ def _facts(nfe: int, samples: int = 1, attention: str = "", updates: int = 0) ->
 def _fitted(plan: Plan, sampling: PairedSampling) -> list[PairedSampling]:
     """Return the same with as many updates towards the input as are judged; none where it does not measure."""
     return [replace(sampling, data_consistency=n) for n in UPDATES] if plan.task in MEASURING else []
+
+
+def _several(plan: Plan) -> list[PairedSampling]:
+    """Return the ways whose intervals are judged; of low dose, where they are asked for, also with many calls."""
+    few = BridgeSampling(nfe=5, samples=plan.samples)
+    many = [replace(few, nfe=20)] if plan.task == "low_dose" else []
+    return [few, *_fitted(plan, few)[:1], *many]
 
 
 def _line(plan: Plan, system: PairedSystem | PriorRestoration, sampling: PairedSampling) -> Line:

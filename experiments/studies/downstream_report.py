@@ -299,18 +299,16 @@ def _interval(
 
 
 def _coverage(found: _Found) -> str:
-    lines = [line for line in found.of("bridge", updates=0) if "coverage_90" in line]
-    if not lines:
+    groups = [group for group in found.settings(("bridge",)) if "coverage_90" in group[0]]
+    if not groups:
         return _missing("bridge with several samples")
-    gauss, quantile = over(lines, "coverage_90"), over(lines, "coverage_90_quantile")
-    fitted = [line for line in found.of("bridge", updates=UPDATES[0]) if "coverage_90" in line]
-    beside = ""
-    if fitted:
-        beside = f" After {UPDATES[0]} updates of data consistency {100 * over(fitted, 'coverage_90'):.1f} %."
+    parts = []
+    for group in groups:
+        gauss, quantile = (100 * over(group, name) for name in ("coverage_90", "coverage_90_quantile"))
+        parts.append(f"{named(group)} {gauss:.1f} % ({quantile:.1f} %; 85 to 95 %: {_verdict(85 <= gauss <= 95)})")
     return (
-        f"The 90 % interval of {lines[0]['samples']} samples (mean +- 1.645 std) holds the truth in "
-        f"{100 * gauss:.1f} % of the object's bins, that of their quantiles in {100 * quantile:.1f} %; 85 to 95 % "
-        f"{_verdict(0.85 <= gauss <= 0.95)}: the calibration curve says how far off.{beside}"
+        "The 90 % interval of several samples, mean +- 1.645 std (or between their quantiles), holds the truth in so "
+        f"many of the object's bins: {'; '.join(parts)}. The calibration curve says how far off."
     )
 
 
@@ -430,10 +428,13 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
     return written
 
 
-def curves(done: Lines) -> list[list[dict[str, float]]]:
-    """Return the calibration curves of the rows that have one, before any update towards the input."""
-    lines = [line for row in done for line in row["lines"] if not line["updates"]]
-    return [line["calibration"] for line in lines if "calibration" in line]
+def curves(done: Lines) -> dict[str, list[list[dict[str, float]]]]:
+    """Return the calibration curves of the rows that have one, of each way to sample those of all seeds."""
+    found: dict[str, list[list[dict[str, float]]]] = {}
+    for line in (line for row in done for line in row["lines"] if "calibration" in line):
+        updates = f", {line['updates']} updates" if line["updates"] else ""
+        found.setdefault(f"{line['nfe']} calls{updates}", []).append(line["calibration"])
+    return found
 
 
 def _page(plan: Plan, results: dict[str, Tensor]) -> Figure:
@@ -476,14 +477,15 @@ def _generated(plan: Plan, pairs: PairedSet, count: int = 8) -> Figure:
     return draw_grid(rows, labels, f"{plan.task}: generated pairs")
 
 
-def _calibration(found: Sequence[Lines]) -> Figure:
+def _calibration(found: dict[str, list[list[dict[str, float]]]]) -> Figure:
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
-    for name, label in (("gauss", "mean +- z std"), ("quantile", "quantiles of the samples")):
-        levels = [point["level"] for point in found[0]]
-        covered = [mean(curve[i][name] for curve in found) for i in range(len(levels))]
-        axis.plot(levels, covered, "o-", markersize=4, label=label)
+    for number, (way, kept) in enumerate(found.items()):
+        levels = [point["level"] for point in kept[0]]
+        for name, label, style in (("gauss", "mean +- z std", "o-"), ("quantile", "quantiles", "x:")):
+            covered = [mean(curve[i][name] for curve in kept) for i in range(len(levels))]
+            axis.plot(levels, covered, style, color=f"C{number}", markersize=4, label=f"{way}: {label}")
     axis.set_xlabel("nominal level")
     axis.set_ylabel("share of the object's bins whose truth is inside")
     axis.legend(fontsize=8)
