@@ -252,6 +252,9 @@ def test_what_data_consistency_brings_is_said_for_each_method_and_against_all_th
     text = said("low_dose", *rows)
     assert "our best, bridge, 1 call, 4 updates of data consistency (1 seed), 34.00 dB" in text
     assert "-0.50 dB; at least as good does not hold" in text, "regression may fit its results, too"
+    assert (
+        "Of neither fitted to the input: bridge, 1 call (1 seed) against regression, 1 call (1 seed) -0.50 dB." in text
+    )
     assert "bridge 33.00 dB, lesions -30.0 %, tissues 1.0 %; 34.00 dB, lesions -20.0 %" in text
     assert "regression 33.50 dB, lesions -30.0 %" in text
     least = (

@@ -173,10 +173,15 @@ def _against_regression(found: _Found) -> str:
     if not ours or not theirs:
         return _missing("bridge", "regression")
     gain = over(ours, "psnr") - over(theirs, "psnr")
-    return (
+    said = (
         f"Sinogram PSNR of our best, {named(ours)}, against the regression U-Net's best, {named(theirs)}: {gain:+.2f} "
         f"dB; at least as good {_verdict(gain >= 0)}."
     )
+    if theirs[0]["updates"] and (ours := found.best(OURS, updates=0)):
+        theirs = found.best(REGRESSIONS, updates=0)
+        gain = over(ours, "psnr") - over(theirs, "psnr")
+        said += f" Of neither fitted to the input: {named(ours)} against {named(theirs)} {gain:+.2f} dB."
+    return said
 
 
 def _limits(found: _Found, limits: dict[str, float]) -> str:
