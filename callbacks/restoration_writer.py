@@ -29,8 +29,8 @@ class RestorationWriter(Callback):
 
     In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
     one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
-    both domains, ``attention.png`` where the model attends. The files keep what their inputs say (table, geometry,
-    units, provenance), say that a model has processed them, and can be read and exported as any other
+    both domains, ``attention.png`` where the model attends or a ROI was given. The files keep what their inputs say
+    (table, geometry, units, provenance), say that a model has processed them, and can be read and exported as any other
     (``allpet-data export``). Of two targets, those of a slice follow one another; the column ``target`` tells them
     apart.
 
@@ -101,11 +101,12 @@ class RestorationWriter(Callback):
         folder = Path(trainer.default_root_dir)
         save_figure(restoration_gallery(self._shown, self._count), folder / "gallery.png")
         pictures = ["gallery.png"]
-        if pl_module.attention is not None:
+        rois = [roi for _, _, roi in self._shown if roi is not None]
+        attention = pl_module.attention_to(rois[0] if rois else None)
+        if attention is not None:
             sinograms = torch.stack([parts["input"] for _, parts, _ in self._shown])
-            rois = [roi for _, _, roi in self._shown if roi is not None]
             drawn = attention_overlay(
-                pl_module.attention,
+                attention,
                 sinograms,
                 torch.stack(rois) if rois else None,
                 pl_module.sampling.attention_strength,
@@ -138,10 +139,10 @@ class RestorationWriter(Callback):
         parts = {part: values[i] for part, values in results.items()}
         parts |= {"input": given.cpu(), "input image": self._reconstruct(radon, given[None])[0].cpu()}
         roi = None if batch.roi is None else batch.roi[i].cpu()
-        if system.attention is not None:
-            quick = system.attention.quick_image(given[None])[0, 0]
-            areas = system.attention.areas(given[None], None if roi is None else roi[None])
-            attended = system.attention.attend(areas, system.sampling.attention_strength)[0, 0]
+        if (attention := system.attention_to(roi)) is not None:
+            quick = attention.quick_image(given[None])[0, 0]
+            areas = attention.areas(given[None], None if roi is None else roi[None])
+            attended = attention.attend(areas, system.sampling.attention_strength)[0, 0]
             parts["image attended"] = tinted_areas(quick.cpu(), areas, 0)
             parts["sinogram attended"] = tinted_sinogram(given[0].cpu(), attended.cpu())
         self._shown.append((f"{name}\nslice {number}", parts, roi))

@@ -167,6 +167,22 @@ def test_fitting_what_was_measured_brings_back_what_is_too_faint() -> None:
     assert consistency.helgason_ludwig_residual(results[3], LAPTOP).max() < 1e-3
 
 
+def test_attention_hastens_the_fit_where_it_lies_and_nowhere_else() -> None:
+    _, faint, measured, spots = _faint_and_measured()
+    radon = Radon(LAPTOP)
+    x, y = LAPTOP.pixel_centers
+    inside = ((x - 60) ** 2 + (y - 20) ** 2 < 30**2)[None, None]
+    plain, same, attended = (
+        consistency.quick_image(consistency.fit_measured(faint, measured, radon, 3, attention), radon)
+        for attention in (None, torch.ones(1, 1, *LAPTOP.image_shape), 1 + inside.float())
+    )
+    torch.testing.assert_close(same, plain)
+    before, after = ((image[0, 0] * spots[0]).sum() / spots[0].sum() for image in (plain, attended))
+    assert after > 1.05 * before
+    far = ~((x - 60) ** 2 + (y - 20) ** 2 < 45**2)
+    assert ((attended - plain)[..., far].norm() < 0.02 * plain[..., far].norm()).all()
+
+
 def test_fitting_keeps_totals_and_adds_nothing_where_there_is_little() -> None:
     """In a body of little uptake beside a hot organ most bins at the rim are negative as often as not."""
     radon = Radon(LAPTOP)

@@ -314,6 +314,30 @@ def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):
     assert "it harms" in " ".join(downstream_report.conclusions(plan, Outcome(swapped, [], 0.0)))
 
 
+def test_attention_is_judged_by_lesions_and_by_harm_elsewhere_of_network_and_fit(tmp_path):
+    plan, one = Plan(task="low_dose", output=tmp_path), row("attention")
+    patient, kept = torch.arange(40) // 4, {}
+    lines = [(name, n) for n in (0, 4) for name in ("0", "1", "2", "roi", "roi 2", "roi moved")]
+    for name, updates in lines:
+        gain = 0.1 * (updates > 0) * name.startswith("roi")
+        lesions = {"lesion_recovery": torch.full((40,), 0.5 + gain), "lesion_max_bias": torch.full((40,), gain - 0.3)}
+        targets = {"l2_elsewhere": 0.2 + 0.01 * (name == "1") * torch.ones(40), "patient": patient}
+        label = downstream.label_of({"nfe": 1, "samples": 1, "attention": name, "updates": updates})
+        kept[label] = {"lesions": {**lesions, "patient": patient}, "targets": targets}
+    (plan.folder / one["row"]).mkdir(parents=True)
+    torch.save(kept, plan.folder / one["row"] / "scores.pt")
+    changed = {"change_in_roi": 0.02, "change_outside_roi": 0.001}
+    one["lines"] = [{**one["lines"][0], "attention": name, "updates": n, **changed} for name, n in lines]
+    network, fit = " ".join(downstream_report.conclusions(plan, Outcome([one], [], 0.0))).split("Where ")[1:3]
+    assert network.startswith("the network alone attends")
+    assert "lesions drawn as ROI, contrast recovery +0 (+0 to +0)" in network
+    assert fit.startswith("the network and 4 updates of the fit attend")
+    assert "lesions drawn as ROI, contrast recovery +0.1 (+0.1 to +0.1)" in fit
+    assert "size of the SUVmax bias -0.1 (-0.1 to -0.1)" in fit
+    assert "hot and cold areas, relative error elsewhere +0.01" not in network.replace("+0.01 (+0.01 to +0.01)", "")
+    assert "changes the image by 2 % of its mean inside and 0.1 % outside." in fit
+
+
 def test_many_samples_cost_their_calls():
     lines = row("bridge", psnr=31.0, nfe=5), row("bridge", psnr=35.0, nfe=5, samples=16)
     text = said("low_dose", *lines, row("ddbm", psnr=32.0, nfe=119), row("gauss_oracle", psnr=30.0))

@@ -486,9 +486,31 @@ def test_training_draws_strengths_and_evaluation_the_same_ones(data):
 
 def test_a_model_that_cannot_heed_a_roi_says_so(data):
     given = data.test_set[[0]].input
+    delayed = asked(1)._replace(task=torch.tensor([TASKS.index("delayed")]))
+    fitted = BridgeSampling(data_consistency=2)
     for system in (make().eval(), attending("loss")):
-        with pytest.raises(ValueError, match="cannot heed a region of interest"):
-            system.restore(given, asked(1), [0], roi=roi(5, 5))
+        for condition, sampling in ((asked(1), None), (delayed, fitted)):
+            with pytest.raises(ValueError, match="cannot heed a region of interest"):
+                system.restore(given, condition, [0], sampling, roi=roi(5, 5))
+
+
+def test_the_fit_of_any_model_heeds_a_roi_and_that_of_one_that_attends_its_areas(data):
+    given, sampling = data.test_set[[0, 1]].input, BridgeSampling(nfe=1, data_consistency=3)
+    radon = Radon(GEOMETRY)
+    for system in (awake(make()).eval(), attending("loss")):
+        system.geometry = GEOMETRY
+        start = system.restore(given, asked(2), [3, 4], BridgeSampling(nfe=1)).mean
+        for region, strength in ((None, 1.0), (roi(5, 6), 1.0), (roi(5, 6), 2.0), (roi(9, 8), 0.0)):
+            result = system.restore(given, asked(2), [3, 4], sampling, roi=region, attention_strength=strength).mean
+            attention = torch.ones(2, 1, 16, 16)
+            if region is not None:
+                attention = attention + strength * region
+            elif system.attention is not None:
+                hot, cold, _, _ = system.attention.areas(given)
+                attention = attention + hot.float() + cold.float()
+                assert attention.max() == 2
+            wanted = fit_measured(start, given, radon, 3, attention)
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
 
 
 @pytest.mark.parametrize(

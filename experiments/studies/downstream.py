@@ -269,27 +269,31 @@ def _many(plan: Plan, system: PairedSystem, sampling: PairedSampling) -> Line:
 def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
     """Return results without, with and with strong attention, and with regions that a clinician would draw.
 
-    These are the lesions, and, to see that nothing else follows, the same moved by a quarter of the image.
+    These are the lesions, and, to see that nothing else follows, the same moved by a quarter of the image. First the
+    network alone attends, then the fit to the input, too.
     """
-    once = BridgeSampling(nfe=1)
-    none = restore(plan, system.restore, once, attention_strength=0.0).mean
-    yield Line(_facts(1, 1, "0"), none, {})
-    for strength in (1.0, 2.0):
-        result = restore(plan, system.restore, once, attention_strength=strength).mean
-        yield Line(_facts(1, 1, f"{strength:g}"), result, {})
     pairs, radon = plan.held_out.pairs, plan.held_out.radon
     assert pairs.labels is not None
     lesions = roi_from_labels(pairs.labels, "lesion_hot")
-    before = standard_image(radon, none[:, :1])
-    for name, roi in (("roi", lesions), ("roi moved", lesions.roll(lesions.shape[-1] // 4, -1))):
-        result = restore(plan, system.restore, once, roi=roi, attention_strength=1.0).mean
-        change = (standard_image(radon, result[:, :1]) - before).abs() / before.mean()
-        drawn = roi.flatten(1).any(1)[:, None, None, None]
-        more = {
-            "change_in_roi": float(change[roi].mean()),
-            "change_outside_roi": float(change[drawn & ~roi].mean()),
-        }
-        yield Line(_facts(1, 1, name), result, more)
+    regions = {"roi": (lesions, 1.0), "roi 2": (lesions, 2.0)}
+    regions["roi moved"] = (lesions.roll(lesions.shape[-1] // 4, -1), 1.0)
+    for sampling in (BridgeSampling(nfe=1), BridgeSampling(nfe=1, data_consistency=UPDATES[0])):
+        facts = partial(_facts, 1, 1, updates=sampling.data_consistency)
+        none = restore(plan, system.restore, sampling, attention_strength=0.0).mean
+        yield Line(facts(attention="0"), none, {})
+        for strength in (1.0, 2.0):
+            result = restore(plan, system.restore, sampling, attention_strength=strength).mean
+            yield Line(facts(attention=f"{strength:g}"), result, {})
+        before = standard_image(radon, none[:, :1])
+        for name, (roi, strength) in regions.items():
+            result = restore(plan, system.restore, sampling, roi=roi, attention_strength=strength).mean
+            change = (standard_image(radon, result[:, :1]) - before).abs() / before.mean()
+            drawn = roi.flatten(1).any(1)[:, None, None, None]
+            more = {
+                "change_in_roi": float(change[roi].mean()),
+                "change_outside_roi": float(change[drawn & ~roi].mean()),
+            }
+            yield Line(facts(attention=name), result, more)
 
 
 def expanded(done: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -182,6 +182,15 @@ class TransparentMedicalAttention(nn.Module):
                     extra = extra + weight * self._share(area, areas.body)
             return 1 + amount.reshape(-1, 1, 1, 1) * extra
 
+    def emphasise(self, areas: Areas, strength: float = 1.0) -> Tensor:
+        """Return the attention of every pixel, which ``fit_measured`` takes: 1 + strength times its areas' weights.
+
+        Returns:
+            ``(batch, 1, rows, columns)``.
+        """
+        parts = [weight * area.float() for weight, area in zip(self.weights, areas, strict=False)]
+        return 1 + strength * torch.stack(parts).sum(0)
+
     def quick_image(self, given: Tensor, domain: Literal["auto", "sinogram", "image"] = "auto") -> Tensor:
         """Return the smoothed reconstruction that is segmented, ``(batch, 1, rows, columns)``, not negative.
 

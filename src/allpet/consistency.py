@@ -231,23 +231,28 @@ def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: in
     return osem(radon, sinogram.clamp(min=0), math.ceil(updates / dividing), dividing)
 
 
-def fit_measured(result: Tensor, measured: Tensor, radon: Radon, updates: int) -> Tensor:
+def fit_measured(
+    result: Tensor, measured: Tensor, radon: Radon, updates: int, attention: Tensor | None = None
+) -> Tensor:
     """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
 
     Expectation maximisation (Shepp and Vardi 1982) that starts at the images of the results (``quick_image``, which
-    keep no finer detail than few iterations of OSEM do) instead of at a uniform one: ``x_k <- x_k max(R' (y / sum_j R
-    x_j), 0) / R' 1``. Few updates correct what many counts agree on, as the uptake of a lesion that a network has drawn
-    too faint, and leave to the network what the counts do not say; many fit the noise. Where *measured* was corrected,
-    this is no longer the likelihood of counts: bins weigh as if their variance went with the corrected activity, and
-    negative values, which corrections for randoms and scatter leave, count as they are, for cut they would add
-    activity where there is little. Sinograms that are not corrected for attenuation are no projections: do not fit
-    them.
+    keep no finer detail than few iterations of OSEM do) instead of at a uniform one:
+    ``x_k <- x_k max(R' (y / sum_j R x_j), 0) / R' 1``, the factor to the power of the attention (over-relaxed EM,
+    Lewitt and Muehllehner 1986). Few updates correct what many counts agree on, as the uptake of a lesion that a
+    network has drawn too faint, and leave to the network what the counts do not say; many fit the noise. Where
+    *measured* was corrected, this is no longer the likelihood of counts: bins weigh as if their variance went with the
+    corrected activity, and negative values, which corrections for randoms and scatter leave, count as they are, for cut
+    they would add activity where there is little. Sinograms that are not corrected for attenuation are no projections:
+    do not fit them.
 
     Args:
         result: of each sinogram its targets, ``(batch, targets, views, bins)``; negative values count as zero.
         measured: their sum, with noise, corrected and in the same units, ``(batch, 1, views, bins)``.
         radon: the projector of their geometry.
         updates: how many, each with all views.
+        attention: of each pixel, ``(batch or 1, 1, rows, columns)``, not negative; where it is 2, an update counts
+            double. None for 1.
 
     Returns:
         the projections of the images, same shape and units as *result*, never negative.
@@ -269,6 +274,8 @@ def fit_measured(result: Tensor, measured: Tensor, radon: Radon, updates: int) -
         total = radon.project(image).unflatten(0, (batch, n_targets)).sum(1)
         ratio = torch.where(total > empty, measured / torch.where(total > empty, total, 1), 1)
         factor = radon.backproject(ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
+        if attention is not None:
+            factor = factor**attention
         image = image * factor.repeat_interleave(n_targets, 0)
     return radon.project(image).view_as(result)
 

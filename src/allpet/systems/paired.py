@@ -83,7 +83,7 @@ class PairedSampling:
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
             stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
             so that their spread still says how well the counts are known; with K samples the noise of their mean has
-            1 / K more variance.
+            1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``.
     """
 
     nfe: int = 5
@@ -101,8 +101,19 @@ class PairedSampling:
         if self.data_consistency < 0:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
 
+    def fitted(self, task: Tensor, n_targets: int) -> list[int]:
+        """Return which of the tasks ``(batch,)`` of so many targets have results that are fitted to their input."""
+        whole = [TASKS.index(name) for name, targets in MEASURING.items() if targets == n_targets]
+        return [row for row, number in enumerate(task.tolist()) if number in whole and self.data_consistency]
+
     def fit(
-        self, samples: Tensor, measured: Tensor, task: Tensor, geometry: ParallelBeam | None, seeds: Sequence[int]
+        self,
+        samples: Tensor,
+        measured: Tensor,
+        task: Tensor,
+        geometry: ParallelBeam | None,
+        seeds: Sequence[int],
+        attention: Tensor | None = None,
     ) -> Tensor:
         """Return samples after ``data_consistency`` updates, where they are all that the measurement is the sum of.
 
@@ -116,15 +127,12 @@ class PairedSampling:
             task: of each, ``(batch,)``.
             geometry: of the sinograms.
             seeds: one per measurement; the signs depend on it and the number of the sample alone.
+            attention: of each pixel, ``(batch, 1, rows, columns)``, see ``fit_measured``; None for 1.
 
         Raises:
             RuntimeError: if the geometry is needed and None.
         """
-        if not self.data_consistency:
-            return samples
-        whole = [TASKS.index(name) for name, targets in MEASURING.items() if targets == samples.shape[2]]
-        chosen = [row for row, number in enumerate(task.tolist()) if number in whole]
-        if not chosen:
+        if not (chosen := self.fitted(task, samples.shape[2])):
             return samples
         if geometry is None:
             raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
@@ -138,7 +146,8 @@ class PairedSampling:
                         generators = [keyed_generator(seeds[row], draw, "measured") for row in rows]
                         coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
                         given = given + (given - ours.sum(1, keepdim=True)) * (2 * torch.stack(coins).to(given) - 1)
-                    results[rows] = fit_measured(ours, given, radon, self.data_consistency).to(results)
+                    where = None if attention is None else attention[rows]
+                    results[rows] = fit_measured(ours, given, radon, self.data_consistency, where).to(results)
         return samples
 
 
@@ -258,6 +267,12 @@ class PairedSystem(LatentSystem):
         if self._attention is None or self._attention.radon.geometry != self.geometry:
             self._attention = self.attention_use.areas(Radon(self.geometry))
         return self._attention
+
+    def attention_to(self, roi: Tensor | None) -> TransparentMedicalAttention | None:
+        """Return the system's attention, or where it has none and a ROI is given, one that the fit can heed it by."""
+        if self.attention is None and roi is not None and self.geometry is not None:
+            return TransparentMedicalAttention(Radon(self.geometry))
+        return self.attention
 
     def input_scale(self, task: Tensor) -> Tensor:
         """Return the scale of the inputs of tasks ``(batch,)`` over that of their targets, ``(batch, 1, 1, 1)``."""
@@ -394,7 +409,8 @@ class PairedSystem(LatentSystem):
             n_targets: 2 for *separation*: the results then add up to the autoencoder's reconstruction of the source,
                 or, with ``data_consistency``, nearly to the given sinogram.
             progress: whether to show a progress bar.
-            roi: where a clinician wants the model to look, ``(batch or 1, 1, rows, columns)``, bool.
+            roi: where a clinician wants the model to look, ``(batch or 1, 1, rows, columns)``, bool. A model that
+                attends does so there, and where results are fitted to the input, the fit of every model does.
             attention_strength: how strongly; None for the sampling's.
 
         Raises:
@@ -402,7 +418,8 @@ class PairedSystem(LatentSystem):
         """
         sampling = sampling or self.sampling
         shape = (given.shape[-2], given.shape[-1])
-        self._check(given, shape, condition, seeds, n_targets, roi)
+        fits = len(sampling.fitted(condition.task[::n_targets], n_targets)) == len(given)
+        self._check(given, shape, condition, seeds, n_targets, None if fits else roi)
         strength = sampling.attention_strength if attention_strength is None else attention_strength
         condition = move_data_to_device(condition, self.device)
         ratio = self.input_scale(condition.task[::n_targets])
@@ -426,8 +443,10 @@ class PairedSystem(LatentSystem):
             results.append(full)
         # Two targets add up to the input as given: their scale is its own.
         measured = given.to(self.device) if n_targets > 1 else scaled
-        tasks = condition.task[::n_targets]
-        return Restored.of(sampling.fit(torch.stack(results), measured, tasks, self.geometry, seeds))
+        tasks, emphasis = condition.task[::n_targets], None
+        if sampling.fitted(tasks, n_targets) and (attention := self.attention_to(roi)):
+            emphasis = attention.emphasise(attention.areas(scaled, roi), strength)
+        return Restored.of(sampling.fit(torch.stack(results), measured, tasks, self.geometry, seeds, emphasis))
 
     def starting(self, given: Tensor) -> Tensor:
         """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.
@@ -541,8 +560,9 @@ class PairedSystem(LatentSystem):
             )
         if roi is not None and (self.attention_use is None or set(self.attention_use.uses) == {"loss"}):
             raise ValueError(
-                "This model cannot heed a region of interest: leave it out, or train one that attends by gain or "
-                "channel (experiments/finetune/methods/attention.yaml)."
+                "This model cannot heed a region of interest: leave it out, fit results to the input (low dose, "
+                "separation: data_consistency), or train a model that attends by gain or channel "
+                "(experiments/finetune/methods/attention.yaml)."
             )
 
     def _restore_pairs(self, batch: PairedBatch, sampling: PairedSampling) -> Restored:
