@@ -44,8 +44,8 @@ def attention_overlay(
         image, sinogram = images[i, 0], sinograms[i, 0]
         rows.append(
             [
-                Tile(image, (0, top(image)), "quick image of the input"),
-                Tile(tinted_areas(image, areas, i), (0, 1), "hot red, cold blue, ROI green"),
+                Tile(image, (0, top(image)), "quick image"),
+                Tile(tinted_areas(image, areas, i), (0, 1), "red hot, blue cold,\ngreen ROI"),
                 Tile(sinogram, (0, top(sinogram)), "input"),
                 Tile(tinted_sinogram(sinogram, attended[i, 0]), (0, 1), "attended rays"),
                 Tile(attended[i, 0], (1, highest), f"attention, 1 to {highest:.2f}"),
