@@ -187,7 +187,12 @@ class TransparentMedicalAttention(nn.Module):
 
         Returns:
             ``(batch, 1, rows, columns)``.
+
+        Raises:
+            ValueError: if the strength is negative.
         """
+        if not strength >= 0:
+            raise ValueError(f"strength is {strength}, but must not be negative; 0 attends to nothing.")
         parts = [weight * area.float() for weight, area in zip(self.weights, areas, strict=False)]
         return 1 + strength * torch.stack(parts).sum(0)
 
