@@ -511,8 +511,8 @@ def test_the_fit_of_any_model_heeds_a_roi_and_that_of_one_that_attends_its_areas
                 assert attention.max() == 2
             wanted = fit_measured(start, given, radon, 3, attention)
             torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
-        with pytest.raises(ValueError, match="strength is -1.0, but must not be negative"):
-            system.restore(given, asked(2), [3, 4], sampling, roi=roi(5, 6), attention_strength=-1.0)
+        with pytest.raises(ValueError, match="strength is -1, but must not be negative"):
+            system.restore(given, asked(2), [3, 4], sampling, roi=roi(5, 6), attention_strength=-1)
 
 
 @pytest.mark.parametrize(
