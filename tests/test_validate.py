@@ -53,6 +53,17 @@ def findings(report: Report, level: str) -> str:
     return "\n".join(f"{row.file}: {row.finding}; {row.remedy}" for row in report.rows if row.level == level)
 
 
+def test_noise_of_low_doses_is_not_taken_for_attenuation(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    noisy = SINOGRAMS + 0.04 * SINOGRAMS.max() * generator.standard_normal(SINOGRAMS.shape).astype(np.float32)
+    sums = noisy.sum(2)
+    assert np.median(sums.std(1) / sums.mean(1)) > 0.06
+    report = validate_folder(save(tmp_path / "noisy", noisy), geometry=GEOMETRY)
+    assert "not corrected for attenuation" not in findings(report, "WARN")
+    report = validate_folder(save(tmp_path / "both", noisy * ATTENUATION**2), geometry=GEOMETRY)
+    assert "not corrected for attenuation" in findings(report, "WARN")
+
+
 def test_good_sinograms_pass_silently(tmp_path: Path) -> None:
     report = validate_folder(save(tmp_path, SINOGRAMS), geometry=GEOMETRY)
     assert report.errors == report.warnings == []
