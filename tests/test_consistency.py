@@ -144,7 +144,7 @@ def _faint_and_measured(n_targets: int = 1) -> tuple[torch.Tensor, ...]:
 
 
 def test_fitting_what_was_measured_brings_back_what_is_too_faint() -> None:
-    """Nearer to the truth than either the result or, by far, the measurement; every update explains it better."""
+    """Nearer to the truth than the result and the measurement are; every update explains the measurement better."""
     truth, faint, measured, spots = _faint_and_measured()
     radon = Radon(LAPTOP)
 

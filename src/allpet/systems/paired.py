@@ -77,7 +77,7 @@ class PairedSampling:
     Args:
         nfe: network calls per sample.
         samples: how many to draw for each input; their mean and standard deviation are returned.
-        batch_size: latents per network call.
+        batch_size: latents per network call, and slices that are fitted at once.
         attention_strength: how strongly a model that attends does so, see ``TransparentMedicalAttention``.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
@@ -418,8 +418,7 @@ class PairedSystem(LatentSystem):
         """
         sampling = sampling or self.sampling
         shape = (given.shape[-2], given.shape[-1])
-        fits = len(sampling.fitted(condition.task[::n_targets], n_targets)) == len(given)
-        self._check(given, shape, condition, seeds, n_targets, None if fits else roi)
+        self._check(given, shape, condition, seeds, sampling, n_targets, roi)
         strength = sampling.attention_strength if attention_strength is None else attention_strength
         condition = move_data_to_device(condition, self.device)
         ratio = self.input_scale(condition.task[::n_targets])
@@ -547,6 +546,7 @@ class PairedSystem(LatentSystem):
         shape: tuple[int, int],
         condition: Condition,
         seeds: Sequence[int],
+        sampling: PairedSampling,
         n_targets: int,
         roi: Tensor | None,
     ) -> None:
@@ -558,7 +558,9 @@ class PairedSystem(LatentSystem):
                 f"There are {len(given)} sinograms of {n_targets} target(s), {len(condition.task)} conditions and "
                 f"{len(seeds)} seeds: give one condition per target and one seed per sinogram."
             )
-        if roi is not None and (self.attention_use is None or set(self.attention_use.uses) == {"loss"}):
+        attends = self.attention_use is not None and set(self.attention_use.uses) != {"loss"}
+        fits = len(sampling.fitted(condition.task[::n_targets], n_targets)) == len(given)
+        if roi is not None and not attends and not fits:
             raise ValueError(
                 "This model cannot heed a region of interest: leave it out, fit results to the input (low dose, "
                 "separation: data_consistency), or train a model that attends by gain or channel "

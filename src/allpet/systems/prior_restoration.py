@@ -90,7 +90,8 @@ class PriorRestoration:
 
         Args:
             given: ``(batch, 1, views, bins)`` in the units of stage 2's data, corrected for attenuation.
-            condition: of which only tracer and region are heeded: the dose is measured. The task must be "low_dose".
+            condition: of which tracer and region are heeded, and the task by ``data_consistency``. The dose is
+                measured.
             seeds: one per input.
             sampling: how to; None takes the method's own. Samples differ by noise that is added before the denoiser is
                 called, half as much again as the input has.
