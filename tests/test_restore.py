@@ -181,7 +181,7 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         with pytest.raises(ValueError, match=re.escape(sentence)) as refused:
             data.setup("predict")
         assert "\n" not in str(refused.value)
-    # Before a run is made, and within one, the command says the same without a traceback.
+    # Before a run is made, and after, the command says the same without a traceback.
     commands = [
         (folder, ["--data.dose", "null"], "low_dose needs the share of the normal dose that the scans have: DOSE=0.05"),
         (tmp_path / "wide", [], wide),
@@ -192,6 +192,7 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         assert str(stop.value).startswith("allpet: ")
         assert sentence in str(stop.value)
         assert "\n" not in str(stop.value)
+        assert not list((tmp_path / "restored").glob("*")), "what was refused leaves no run"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,10 @@ class AllpetCLI(LightningCLI):
             )
         except UnicodeDecodeError as error:
             raise SystemExit(f"allpet: A configuration file holds no text ({error}): give YAML files.") from error
+        except BaseException:
+            if self.folder is not None and self.run is None and _rank() == 0:  # of results, not of a training
+                runs.remove_if_empty(self.folder)
+            raise
         finally:
             if self._lock is not None:
                 self._lock.release()

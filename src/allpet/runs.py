@@ -179,6 +179,12 @@ def create_run(root: str | Path, key: str = "", data_hash: str = "", name: str |
     return Run(folder, {}).update(fingerprint=key, data_hash=data_hash, created=created, finished=None)
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a run's folder in which there is no more than its record and configuration."""
+    if {path.name for path in folder.iterdir()} <= {"run.json", "config.yaml"}:
+        shutil.rmtree(folder)
+
+
 def newest_pretrained(path: str | Path, data_hash: str | None = None) -> Path:
     """Return the pretrained folder meant by a path.
 
