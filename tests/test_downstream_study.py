@@ -167,6 +167,9 @@ def test_every_required_row_is_there_and_what_matters_most_comes_first(task):
         for pairs in (50, 100, 200, 500):
             assert {f"bridge-n{pairs}-seed1", f"bridge_scratch-n{pairs}-seed1"} <= set(keys)
     assert keys.index("bridge-n500-seed0") < keys.index("bridge-n500-seed1") < keys.index("multi_task-n500-seed0")
+    steps = {row.key: row.facts["steps"] for row in rows}
+    for method in downstream.LONGER:
+        assert steps[f"{method}-n500-seed0"] == 4 * steps["bridge-n500-seed0"]
 
 
 def test_rows_know_by_which_recipe_they_were_trained():
@@ -175,6 +178,7 @@ def test_rows_know_by_which_recipe_they_were_trained():
     assert {name for name, recipe in recipes.items() if recipe is None} == {*downstream.UNTRAINED, "stage1", "prior"}
     trained = {name: recipe for name, recipe in recipes.items() if recipe is not None}
     assert trained["regression_synthetic"] == trained["regression"] != trained["bridge"]
+    assert (trained["regression_longer"], trained["bridge_longer"]) == (trained["regression"], trained["bridge"])
     assert len({trained[name] for name in ("bridge", "multi_task", *downstream.OVERLAYS)}) == 7
 
 
@@ -280,6 +284,12 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
     text = said("delayed", row("bridge"), row("identity", nfe=0, tissue_bias=0.2), row("regression", tissue_bias=0.005))
     assert "beside identity (1 seed): mean tissue bias 1.0 % against 20.0 %: better" in text
     assert "beside regression, 1 call (1 seed): mean tissue bias 1.0 % against 0.5 %: not better" in text
+    more = [row("multi_task", psnr=29.0), row("bridge_longer", psnr=34.0, tissue_bias=0.005)]
+    text = said("attenuation", row("bridge"), *more)
+    assert "One bridge for all tasks and the task's own, one call" in text
+    assert "bias): 29.00 dB, lesions -5.0 %, tissues 1.0 %; 30.00 dB, lesions" in text
+    assert "600 steps and 4 times as many, one call" in text
+    assert "bias): bridge 30.00 dB, lesions -5.0 %, tissues 1.0 %; 34.00 dB, lesions -5.0 %, tissues 0.5 %." in text
     covered = row("bridge", samples=16, coverage_90=0.8, coverage_90_quantile=0.7)
     covered["lines"].append({**covered["lines"][0], "nfe": 20, "coverage_90": 0.9, "coverage_90_quantile": 0.8})
     text = said("low_dose", covered)

@@ -51,6 +51,9 @@ WITHOUT = {
     "bridge_without_sinogram_loss": ["--model.sinogram_weight=0"],
 }
 """The bridge without one of its parts each; low dose alone has these rows."""
+LONGER = {"bridge_longer": "bridge", "regression_longer": "regression"}
+"""What is trained ``TIMES`` as long as all others, and what it is otherwise."""
+TIMES = 4
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
@@ -78,8 +81,11 @@ def rows(plan: Plan) -> list[Row]:
         key = method if method in UNTRAINED else f"{method}-n{pairs}-seed{seed}"
         facts = plan.facts(method, pairs, seed)
         if method not in (*UNTRAINED, "stage1", "prior"):
-            overlay = {"regression_synthetic": "regression"}.get(method, method if method in OVERLAYS else None)
+            file = {"regression_synthetic": "regression", **LONGER}.get(method, method)
+            overlay = file if file in OVERLAYS else None
             facts["recipe"] = plan.recipe(overlay, "multi_task" if method == "multi_task" else None)
+        if method in LONGER:
+            facts["steps"] *= TIMES
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
 
     low_dose = plan.task == "low_dose"
@@ -107,6 +113,8 @@ def rows(plan: Plan) -> list[Row]:
                 add("bridge", seed, pairs)
     for seed in plan.seeds:
         add("multi_task", seed)
+    for method in LONGER:
+        add(method, plan.seeds[0])
     return list(found.values())
 
 
@@ -162,7 +170,7 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         if not method.startswith("regression"):
             yield _line(plan, system, BridgeSampling(nfe=5))
             yield _line(plan, system, BridgeSampling(nfe=20))
-        if pairs == plan.pairs and method in ("bridge", "regression", "regression_pixels"):
+        if pairs == plan.pairs and method in ("bridge", "regression", "regression_pixels", *LONGER):
             for fitted in _fitted(plan, once):
                 yield _line(plan, system, fitted)
         if pairs == plan.pairs and method == "bridge":
@@ -181,6 +189,9 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
     if method == "regression_synthetic":
         file = synthesise(plan, pairs, seed, folder)
         return plan.finetune(run, seed, pairs, "regression", [f"--data.generated={file}"])
+    if method in LONGER:
+        overlay = LONGER[method] if LONGER[method] in OVERLAYS else None
+        return plan.finetune(run, seed, pairs, overlay, steps=TIMES * plan.steps)
     more = ["--model.initialise=false"] if method == "bridge_scratch" else WITHOUT.get(method, [])
     return plan.finetune(run, seed, pairs, more=[word.format(channels=plan.latent_channels) for word in more])
 

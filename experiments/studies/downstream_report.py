@@ -20,7 +20,7 @@ from allpet.prompts import TRACERS
 from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import WITHOUT, expanded, label_of
+from studies.downstream import LONGER, TIMES, WITHOUT, expanded, label_of
 from studies.downstream_plan import REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
@@ -99,7 +99,7 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
         said = [_biases_beside(found, other) for other in ("identity", "regression")]
         if plan.task in MEASURING:
             said.append(_fitting(found))
-    return [*said, _one_for_all(found), _synthesis(found, plan, outcome)]
+    return [*said, _one_for_all(found), _longer(found), _synthesis(found, plan, outcome)]
 
 
 class _Found:
@@ -210,18 +210,20 @@ def _fitting(found: _Found) -> str:
     for method in ("bridge", "regression", "regression_pixels", "prior"):
         groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, *UPDATES)]
         if all(groups):
-            values = [
-                f"{over(group, 'psnr'):.2f} dB, lesions {100 * over(group, 'lesion_max_bias'):+.1f} %, tissues "
-                f"{100 * over(group, 'tissue_bias'):.1f} %"
-                for group in groups
-            ]
-            parts.append(f"{method} {'; '.join(values)}")
+            parts.append(f"{method} {'; '.join(map(_in_short, groups))}")
     if not parts:
         return _missing("bridge with data consistency")
     updates = ", ".join(map(str, (0, *UPDATES)))
     return (
         f"Data consistency, {updates} updates after one call (sinogram PSNR, mean lesion SUVmax bias, mean tissue "
         f"bias): {'. '.join(parts)}."
+    )
+
+
+def _in_short(group: Lines) -> str:
+    return (
+        f"{over(group, 'psnr'):.2f} dB, lesions {100 * over(group, 'lesion_max_bias'):+.1f} %, tissues "
+        f"{100 * over(group, 'tissue_bias'):.1f} %"
     )
 
 
@@ -412,8 +414,23 @@ def _one_for_all(found: _Found) -> str:
     if not one or not own:
         return _missing("multi_task", "bridge")
     return (
-        f"One bridge for all tasks against the task's own, one call: sinogram PSNR {over(one, 'psnr'):.2f} and "
-        f"{over(own, 'psnr'):.2f} dB."
+        "One bridge for all tasks and the task's own, one call (sinogram PSNR, mean lesion SUVmax bias, mean tissue "
+        f"bias): {_in_short(one)}; {_in_short(own)}."
+    )
+
+
+def _longer(found: _Found) -> str:
+    """Say what more steps bring."""
+    parts = []
+    for longer, method in LONGER.items():
+        groups = [found.of(name, nfe=1, samples=1, updates=0) for name in (method, longer)]
+        if all(groups):
+            parts.append(f"{method} {'; '.join(map(_in_short, groups))}")
+    if not parts:
+        return _missing(*LONGER)
+    return (
+        f"{found.plan.steps} steps and {TIMES} times as many, one call (sinogram PSNR, mean lesion SUVmax bias, mean "
+        f"tissue bias): {'. '.join(parts)}."
     )
 
 
