@@ -10,7 +10,7 @@ from allpet.consistency import helgason_ludwig_residual
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser, RadonSandwich
 from allpet.models.discriminator import PatchDiscriminator
-from allpet.models.layers import DeviceAttention, moebius_pad
+from allpet.models.layers import DeviceAttention, close_seam, moebius_pad
 from allpet.prompts import Prompt
 from allpet.symmetry import extend
 
@@ -33,6 +33,35 @@ def test_padding_continues_the_sinogram_on_its_double_cover():
     torch.testing.assert_close(padded[:, :, 4:], cover[:, :, :14])
     torch.testing.assert_close(padded[:, :, :4], cover[:, :, -4:])
     assert moebius_pad(sinogram, 0) is sinogram
+
+
+def test_a_seam_leaves_alone_what_closes_and_closes_what_does_not():
+    sinogram = torch.rand(2, 3, 10, 6)
+    cover = moebius_pad(sinogram, 4)
+    torch.testing.assert_close(close_seam(sinogram, cover[:, :, :4], cover[:, :, -4:]), sinogram)
+    assert close_seam(sinogram, cover[:, :, :0], cover[:, :, :0]) is sinogram
+    # A ramp over more than the half turn: either end goes on where the other stopped, 40 views away.
+    ramp = torch.arange(48.0)[None, None, :, None].expand(1, 1, 48, 6)
+    closed_ramp = close_seam(ramp[:, :, 4:44], ramp[:, :, :4], ramp[:, :, 44:])
+    assert closed_ramp.diff(dim=2).abs().max() < 6
+    assert (closed_ramp[:, :, 0] - closed_ramp[:, :, -1].flip(-1)).abs().max() < 6, "as between its own views"
+    torch.testing.assert_close(closed_ramp[:, :, 4:-4], ramp[:, :, 8:40])
+    few = close_seam(sinogram[:, :, :5], cover[:, :, :4], cover[:, :, -4:])
+    torch.testing.assert_close(few[:, :, 2], sinogram[:, :, 2])
+
+
+@pytest.mark.parametrize("shape", [(64, 80), (62, 77)])
+def test_a_decoder_with_a_seam_closes_on_itself(shape):
+    """Latents that are the same in all views and differ from left to right close nowhere; their sinograms do."""
+    autoencoder = small_autoencoder(seam=8).eval()
+    latent = torch.randn(8, 4, 1, autoencoder.latent_shape(*shape)[2])
+    latent = latent.expand(-1, -1, autoencoder.latent_shape(*shape)[1], -1)
+    with torch.no_grad():
+        whole, part = (autoencoder._decode_raw(latent, shape, strip).full for strip in (False, True))
+    torch.testing.assert_close(whole[:, :, 8:-8], part[:, :, 8:-8])
+    # The network repeats itself every four views, and so many lie between these two.
+    apart, near = (float((x[:, :, -4] - x[:, :, 0].flip(-1)).norm()) for x in (part, whole))
+    assert near < 0.5 * apart
 
 
 @pytest.mark.parametrize("shape", [(16, 20), (18, 25), (64, 80), (7, 9)])
@@ -197,14 +226,15 @@ def test_free_channels_fulfil_the_constraint_as_asked(constraint):
 def test_heads_that_exclude_each_other_are_refused():
     with pytest.raises(ValueError, match="need three channels"):
         small_autoencoder(constraint="free", stack_channels=1)
-    with pytest.raises(ValueError, match="use patch=1"):
-        small_autoencoder(padding="symmetric")
+    for padding in ("symmetric", "moebius"):
+        with pytest.raises(ValueError, match="use patch=1"):
+            small_autoencoder(padding=padding)
     with pytest.raises(ValueError, match="padding is 'round'"):
         small_autoencoder(padding="round")
     with pytest.raises(ValueError, match="nothing to be combined"):
         small_autoencoder().decode_free(torch.zeros(1, 4, 4, 4), (16, 16))
     with pytest.raises(ValueError, match="a multiple of 4"):
-        small_autoencoder(padding="moebius").encode(torch.rand(1, 3, 18, 20))
+        closed("moebius").encode(torch.rand(1, 3, 18, 20))
 
 
 def closed(padding: str) -> Autoencoder:

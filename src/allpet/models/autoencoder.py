@@ -25,7 +25,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 from allpet.consistency import helgason_ludwig_correction
-from allpet.models.layers import Padding, adapt, close_views, moebius_pad
+from allpet.models.layers import Padding, adapt, close_seam, close_views, moebius_pad
 from allpet.power import POINTS
 from allpet.scaling import Scaling
 
@@ -80,7 +80,8 @@ class Autoencoder(nn.Module):
         patch: the stack is folded into ``patch x patch`` blocks before the first convolution and unfolded after the
             last; with ``len(channels)`` levels, views and bins shrink by ``patch * 2 ** (len(channels) - 1)``.
         seam: views of the flipped continuation (p(theta + pi, s) = p(theta, -s)) that are added at both ends before
-            encoding and cropped after decoding; a multiple of the shrinking factor.
+            encoding; after decoding the ends of the half turn are faded into them (``layers.close_seam``), so that it
+            closes on itself. A multiple of the shrinking factor.
         stack_channels: 3 encodes the whole stack; 1 looks at its full channel alone (an ablation: no masks) and gives
             it the stack of an empty mask.
         range_order: the decoder's last layer removes from f what no image could have caused in its first
@@ -88,7 +89,7 @@ class Autoencoder(nn.Module):
             the bins; None leaves f as it is, as attenuated sinograms, which do not fulfil these conditions, need.
         constraint: how positive + negative == full comes about, see the module.
         padding: what convolutions see beyond the edges of the half turn, see ``layers.close_views``: "zero",
-            "moebius" or "symmetric" (needs ``patch=1``).
+            "moebius" or "symmetric"; both need ``patch=1``.
         checkpointing: less memory in training, more time; see ``layers.adapt``. Like the two that follow it changes how
             the network computes, not what, and is not part of an exported model.
         channels_last: order of the channels in memory, see there.
@@ -135,9 +136,9 @@ class Autoencoder(nn.Module):
                 f"constraint is {constraint!r} with {stack_channels} stack channels, but must be one of "
                 f"{', '.join(get_args(Constraint))}; all but 'head' need three channels."
             )
-        if padding == "symmetric" and patch > 1:
+        if padding in ("moebius", "symmetric") and patch > 1:
             raise ValueError(
-                f"padding is 'symmetric' and patch {patch}: folding tells left from right, so use patch=1."
+                f"padding is {padding!r} and patch {patch}: folding tells left from right, so use patch=1."
             )
         self.factor = patch * 2 ** (len(channels) - 1)
         if seam % self.factor:
@@ -250,15 +251,17 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def decode_free(self, raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    def decode_free(self, raw: Tensor, shape: tuple[int, int], strip: bool = False) -> Tensor:
         """The decoder's three channels (p, f, n) before any constraint, from raw latents, ``(batch, 3, views, bins)``.
+
+        For ``strip`` see ``forward``.
 
         Raises:
             ValueError: if the constraint is ``head``, whose decoder has no such channels.
         """
         if self.constraint == "head":
             raise ValueError("A decoder with constraint 'head' emits f and m; there is nothing to be combined.")
-        return F.softplus(self._output(raw, shape), beta=_SHARPNESS)
+        return F.softplus(self._output(raw, shape, strip), beta=_SHARPNESS)
 
     def set_full_weight(self, weight: float) -> None:
         """Store the w of the ``weighted`` constraint, 0..1.
@@ -289,20 +292,24 @@ class Autoencoder(nn.Module):
         padded = padded[:, :, self.factor : padded.shape[2] - self.factor + -views % self.factor]
         return F.pad(padded, (0, -bins % self.factor))
 
-    def _output(self, raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    def _output(self, raw: Tensor, shape: tuple[int, int], strip: bool) -> Tensor:
         output = self.decoder(raw).float()
         if self.patch > 1:
             output = F.pixel_shuffle(output, self.patch)
-        return output[:, :, self.seam : self.seam + shape[0], : shape[1]]
+        last = self.seam + shape[0]
+        output = output[:, :, : last + self.seam, : shape[1]]
+        inside = output[:, :, self.seam : last]
+        # what lies beyond the ends of a strip is the sinogram's own, but no other end of it
+        return inside if strip else close_seam(inside, output[:, :, : self.seam], output[:, :, last:])
 
     def _decode_raw(self, raw: Tensor, shape: tuple[int, int], strip: bool = False) -> Decoded:
         if self.constraint == "head":
-            output = self._output(raw, shape)
+            output = self._output(raw, shape, strip)
             full = self._in_range(F.softplus(output[:, :1], beta=_SHARPNESS), strip)
             mask = torch.sigmoid(output[:, 1:]) if self.stack_channels == 3 else torch.zeros_like(full)
             positive = mask * full
             return Decoded(torch.cat([positive, full, full - positive], dim=1), mask)
-        positive, full, negative = self.decode_free(raw, shape).split(1, dim=1)
+        positive, full, negative = self.decode_free(raw, shape, strip).split(1, dim=1)
         if self.constraint != "free":
             weight = self.full_weight if self.constraint == "weighted" else 2 / 3
             half = 0.5 * weight * (positive + negative - full)

@@ -31,6 +31,30 @@ def moebius_pad(sinogram: Tensor, views: int) -> Tensor:
     return torch.cat([before, sinogram, after], dim=2)
 
 
+def close_seam(sinogram: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Fade the ends of a half turn into what was computed of the same views beyond its other end.
+
+    The view before the first is the last one, flipped; a network that computes both makes two of it. At the seam both
+    count half, so that the half turn closes on itself; as many views away from it as were computed beyond, nothing.
+
+    Args:
+        sinogram: ``(batch, channel, views, bins)``.
+        before: the views before the first, ``(batch, channel, n, bins)``; at most half the views are used.
+        after: as many views after the last.
+
+    Returns:
+        the shape of *sinogram*.
+    """
+    views, n = sinogram.shape[2], before.shape[2]
+    n = min(n, views // 2)
+    if n == 0:
+        return sinogram
+    share = ((torch.arange(n, device=sinogram.device) + 0.5) / (2 * n)).to(sinogram)[:, None]  # up to 1/2 at the seam
+    first = sinogram[:, :, :n].lerp(after[:, :, :n].flip(-1), share.flip(0))
+    last = sinogram[:, :, views - n :].lerp(before[:, :, before.shape[2] - n :].flip(-1), share)
+    return torch.cat([first, sinogram[:, :, n : views - n], last], dim=2)
+
+
 class MoebiusConv2d(nn.Conv2d):
     """A convolution that sees the flipped continuation beyond the first and the last view, and zeros beyond the bins.
 
