@@ -183,6 +183,18 @@ def test_attention_hastens_the_fit_where_it_lies_and_nowhere_else() -> None:
     assert ((attended - plain)[..., far].norm() < 0.02 * plain[..., far].norm()).all()
 
 
+@pytest.mark.parametrize("attention", [1.5, 3.0, 6.0])
+def test_strong_attention_to_everything_is_as_many_more_updates(attention: float) -> None:
+    """Powers of an update from 2 on would multiply the total by its error and more, back and forth."""
+    truth, faint, measured, _ = _faint_and_measured()
+    radon = Radon(LAPTOP)
+    everywhere = torch.full((1, 1, *LAPTOP.image_shape), attention)
+    for start, updates in ((faint, 4), (1.3 * truth, 8)):
+        attended = consistency.fit_measured(start, measured, radon, updates, everywhere)
+        plain = consistency.fit_measured(start, measured, radon, round(attention * updates))
+        assert (attended - plain).norm() < 0.05 * plain.norm()
+
+
 def test_fitting_keeps_totals_and_adds_nothing_where_there_is_little() -> None:
     """In a body of little uptake beside a hot organ most bins at the rim are negative as often as not."""
     radon = Radon(LAPTOP)

@@ -25,6 +25,7 @@ from allpet.reconstruction import osem
 from allpet.symmetry import extend
 
 Correction = Literal["bow_tie", "helgason_ludwig", "reproject"]
+_STEEPEST = 1.5  # power of an update; from 2 on they do not converge
 _EMPTY = 1e-3  # of the largest value; where less is expected, the measured value is not heeded
 
 
@@ -239,7 +240,8 @@ def fit_measured(
     Expectation maximisation (Shepp and Vardi 1982) that starts at the images of the results (``quick_image``, which
     keep no finer detail than few iterations of OSEM do) instead of at a uniform one:
     ``x_k <- x_k max(R' (y / sum_j R x_j), 0) / R' 1``, the factor to the power of the attention (over-relaxed EM,
-    Lewitt and Muehllehner 1986). Few updates correct what many counts agree on, as the uptake of a lesion that a
+    Lewitt and Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5 are taken in several steps,
+    each with factors of its own). Few updates correct what many counts agree on, as the uptake of a lesion that a
     network has drawn too faint, and leave to the network what the counts do not say; many fit the noise. Where
     *measured* was corrected, this is no longer the likelihood of counts: bins weigh as if their variance went with the
     corrected activity, and negative values, which corrections for randoms and scatter leave, count as they are, for cut
@@ -251,8 +253,8 @@ def fit_measured(
         measured: their sum, with noise, corrected and in the same units, ``(batch, 1, views, bins)``.
         radon: the projector of their geometry.
         updates: how many, each with all views.
-        attention: of each pixel, ``(batch or 1, 1, rows, columns)``, not negative; where it is 2, an update counts
-            double. None for 1.
+        attention: of each pixel, ``(batch or 1, 1, rows, columns)``, finite and not negative; where it is 2, an update
+            counts double. None for 1.
 
     Returns:
         the projections of the images, same shape and units as *result*, never negative.
@@ -270,12 +272,16 @@ def fit_measured(
     seen = radon.backproject(torch.ones_like(measured[:1]))
     # Bins that are all but empty say nothing: a ratio to next to nothing is noise.
     empty = _EMPTY * result.sum(1, keepdim=True).amax((2, 3), keepdim=True)
-    for _ in range(updates):
+    powers: list[Tensor | None] = [None]
+    if attention is not None:
+        parts = max(1, math.ceil(float(attention.amax()) / _STEEPEST))
+        powers = [(attention - _STEEPEST * part).clamp(0, _STEEPEST) for part in range(parts)]
+    for power in powers * updates:
         total = radon.project(image).unflatten(0, (batch, n_targets)).sum(1)
         ratio = torch.where(total > empty, measured / torch.where(total > empty, total, 1), 1)
         factor = radon.backproject(ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
-        if attention is not None:
-            factor = factor**attention
+        if power is not None:
+            factor = factor**power
         image = image * factor.repeat_interleave(n_targets, 0)
     return radon.project(image).view_as(result)
 
