@@ -189,7 +189,7 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     lines = downstream.expanded(outcome.done)
     assert [line["method"] for line in lines] == ["identity", "gauss_oracle", "osem_oracle"]
     assert lines[0]["l2"] == 0, "here the input is the target"
-    assert lines[1]["fwhm_bins"] == 0
+    assert lines[1]["l2"] == 0, "and needs no filter"
     assert (tmp_path / "downstream_low_dose/identity/scores.pt").exists()
     said = downstream_report.conclusions(plan, outcome)
     assert all("been run" in sentence for sentence in said), "nothing is concluded from rows that are missing"

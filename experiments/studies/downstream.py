@@ -260,11 +260,9 @@ def _untrained(plan: Plan, method: str) -> Line:
         return Line(_facts(0), restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
     if method == "osem_oracle":
         reconstruction = OsemOracle(plan.held_out.radon).fit(pairs.input, pairs.expected)
-        chosen = dict(zip(("iterations", "fwhm_mm"), reconstruction.chosen, strict=True))
-        return Line(_facts(0), restore(plan, reconstruction.restore).mean, chosen)
+        return Line(_facts(0), restore(plan, reconstruction.restore).mean, {})
     oracle = GaussOracle(plan.data.geometry).fit(pairs.input, pairs.expected)
-    widths = {"fwhm_bins": oracle.fwhm[0], "fwhm_views": oracle.fwhm[1]}
-    return Line(_facts(0), restore(plan, oracle.restore).mean, widths)
+    return Line(_facts(0), restore(plan, oracle.restore).mean, {})
 
 
 def _many(plan: Plan, system: PairedSystem, sampling: PairedSampling) -> Line:

@@ -1,13 +1,15 @@
 """What any trained method has to beat: the input, and the best filters that somebody who knows the truth picks.
 
 All have the face of ``LatentBridge.restore``. They are told what they know by ``fit``: one number per kind of target,
-and for a whole set of slices one pair of widths, or one reconstruction.
+and for each slice a pair of widths, or a reconstruction.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,8 @@ from allpet.metrics import blur_image, psnr
 from allpet.projector import Radon
 from allpet.systems.paired import Restored
 
-Choice = TypeVar("Choice")
+Self = TypeVar("Self", bound="Identity")
+Told = TypeVar("Told", bound="_Oracle")
 WIDTHS = (0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Full widths at half maximum that the oracle chooses from, in bins and in views."""
 WIDTHS_MM = (0.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
@@ -40,7 +43,7 @@ class Identity:
     def __init__(self) -> None:
         self.gain = torch.ones(1)
 
-    def fit(self, given: Tensor, truth: Tensor) -> Identity:
+    def fit(self: Self, given: Tensor, truth: Tensor) -> Self:
         """Take the gains of a set.
 
         Args:
@@ -77,85 +80,79 @@ class Identity:
     def _cleaned(self, given: Tensor) -> Tensor:
         return given
 
-    def _best(self, tried: Iterator[tuple[Choice, Tensor]], truth: Tensor) -> Choice:
-        """Return the choice that, times the gains, has the highest mean PSNR."""
-        gain = self.gain[:, None, None]
-        return max(tried, key=lambda one: float(psnr((one[1] * gain).expand_as(truth), truth).mean()))[0]
 
-
-class GaussOracle(Identity):
-    """A Gaussian over bins and views, of the widths that give a set the highest mean PSNR against its own truth.
+class _Oracle(Identity):
+    """Cleans each slice of a set in the way that gives it the highest PSNR against its own truth.
 
     No honest method may know the truth; one that does not beat this has learned nothing worth having.
 
+    Attributes:
+        chosen: the way of each slice; empty until ``fit``.
+    """
+
+    def __init__(self, ways: Sequence[tuple[float, float]]) -> None:
+        super().__init__()
+        self.ways = tuple(ways)
+        self.chosen: list[tuple[float, float]] = []
+
+    def fit(self: Told, given: Tensor, truth: Tensor) -> Told:
+        """Take the gains of a set and choose for each of its slices; arguments as of ``Identity.fit``."""
+        super().fit(given, truth)
+        gain = self.gain[:, None, None]
+        found = [psnr((self._clean(given, way) * gain).expand_as(truth), truth).nan_to_num(0.0) for way in self.ways]
+        self.chosen = [self.ways[best] for best in torch.stack(found).argmax(0).tolist()]
+        return self
+
+    @abstractmethod
+    def _clean(self, given: Tensor, way: tuple[float, float]) -> Tensor:
+        """Return inputs, ``(slices, 1, views, bins)``, cleaned in one way."""
+
+    def _cleaned(self, given: Tensor) -> Tensor:
+        if len(given) != len(self.chosen):
+            raise ValueError(f"There are {len(given)} slices, but the oracle was told the truth of {len(self.chosen)}.")
+        result = torch.empty_like(given)
+        for way in set(self.chosen):
+            rows = [row for row, chosen in enumerate(self.chosen) if chosen == way]
+            result[rows] = self._clean(given[rows], way)
+        return result
+
+
+class GaussOracle(_Oracle):
+    """A Gaussian over bins and views, of the widths that give each slice the highest PSNR against its own truth.
+
     Args:
         geometry: of the sinograms.
-        widths: to choose from, see ``WIDTHS``.
-
-    Attributes:
-        fwhm: the widths chosen, in bins and in views; 0 until ``fit``.
+        widths: full widths at half maximum to choose from, in bins and in views, see ``WIDTHS``.
     """
 
     def __init__(self, geometry: ParallelBeam, widths: Sequence[float] = WIDTHS) -> None:
-        super().__init__()
-        self.geometry, self.widths = geometry, tuple(widths)
-        self.fwhm = (0.0, 0.0)
+        super().__init__(list(product(widths, widths)))
+        self.geometry = geometry
 
-    def fit(self, given: Tensor, truth: Tensor) -> GaussOracle:
-        """Take the gains and choose the widths of a set; arguments as of ``Identity.fit``."""
-        super().fit(given, truth)
-        shown = truth.flatten(1).any(1)
-        self.fwhm = self._best(self._tried(given[shown]), truth[shown])
-        return self
-
-    def _tried(self, given: Tensor) -> Iterator[tuple[tuple[float, float], Tensor]]:
-        for along_bins in self.widths:
-            narrow = _blur_bins(given, self.geometry, along_bins)
-            for along_views in self.widths:
-                yield (along_bins, along_views), _blur_views(narrow, along_views)
-
-    def _cleaned(self, given: Tensor) -> Tensor:
-        return _blur_views(_blur_bins(given, self.geometry, self.fwhm[0]), self.fwhm[1])
+    def _clean(self, given: Tensor, way: tuple[float, float]) -> Tensor:
+        return _blur_views(_blur_bins(given, self.geometry, way[0]), way[1])
 
 
-class OsemOracle(Identity):
-    """The projection of an OSEM image after a Gaussian: of the iterations and width that give the highest mean PSNR.
+class OsemOracle(_Oracle):
+    """The projection of an OSEM image after a Gaussian, of iterations and width as suit each slice best.
 
-    No honest method may know the truth. It is the bar for methods that begin at such a projection (``reproject``).
+    It is the bar for methods that begin at such a projection (``reproject``).
 
     Args:
         radon: the projector of the sinograms.
         iterations: to choose from, of 8 subsets, see ``allpet.consistency.reproject``.
         widths_mm: of the Gaussian, to choose from.
-
-    Attributes:
-        chosen: iterations and FWHM in mm; (1, 0) until ``fit``.
     """
 
     def __init__(
         self, radon: Radon, iterations: Sequence[int] = ITERATIONS, widths_mm: Sequence[float] = WIDTHS_MM
     ) -> None:
-        super().__init__()
-        self.radon, self.iterations, self.widths_mm = radon, tuple(iterations), tuple(widths_mm)
-        self.chosen = (1, 0.0)
+        super().__init__(list(product(iterations, widths_mm)))
+        self.radon = radon
 
-    def fit(self, given: Tensor, truth: Tensor) -> OsemOracle:
-        """Take the gains and choose the reconstruction of a set; arguments as of ``Identity.fit``."""
-        super().fit(given, truth)
-        shown = truth.flatten(1).any(1)
-        self.chosen = self._best(self._tried(given[shown]), truth[shown])
-        return self
-
-    def _tried(self, given: Tensor) -> Iterator[tuple[tuple[int, float], Tensor]]:
-        for iterations in self.iterations:
-            image = quick_image(given, self.radon, iterations)
-            for width in self.widths_mm:
-                yield (iterations, width), self.radon.project(blur_image(image, self.radon.geometry, width))
-
-    def _cleaned(self, given: Tensor) -> Tensor:
-        iterations, width = self.chosen
-        image = quick_image(given, self.radon, iterations)
-        return self.radon.project(blur_image(image, self.radon.geometry, width))
+    def _clean(self, given: Tensor, way: tuple[float, float]) -> Tensor:
+        image = quick_image(given, self.radon, int(way[0]))
+        return self.radon.project(blur_image(image, self.radon.geometry, way[1]))
 
 
 def _blur_bins(sinogram: Tensor, geometry: ParallelBeam, fwhm: float) -> Tensor:
