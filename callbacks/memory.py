@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,6 +38,12 @@ class PeakMemory(Callback):
         if trainer.is_global_zero:
             where = torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else "process"
             print(f"Peak memory ({where}): {values['memory/peak_gib']:.2f} GiB")
+
+
+def forget_process_peak() -> None:
+    """Let ``peak_process_bytes`` begin anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_process_bytes() -> int:

@@ -60,9 +60,9 @@ REMARKS = {
     "reconstruction weighs 1.5 times as much against their prior as with three channels, one of which is empty. PCA, "
     "GAN, score model and resampled training slices (copies: what distances copying reaches) are noisy: among expected "
     "slices, in the first table, they stand badly for that in distances, power and the denoising utility; differences "
-    "below and the second table compare them with noisy slices. Peak memory is the process's resident memory after the "
-    "row. Consistency alone flatters, as PCA-Gaussian and the copies show; power_min and power_max as in the few-shot "
-    f"study. {PAPER}",
+    "below and the second table compare them with noisy slices. Peak memory is the most that the process "
+    "held during the row. Consistency alone flatters, as PCA-Gaussian and the copies show; power_min and power_max as "
+    f"in the few-shot study. {PAPER}",
     "downstream": "Simulated pairs, 64 x 80 by default; all methods train on the same pairs for the same steps and, "
     "but for what has none, with the same network; held-out patients. Compared with the expected targets, in the "
     "sinogram and after one fixed reconstruction (OSEM, 3 iterations of 14 subsets, 4 mm); a noisy target is "

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -129,7 +128,6 @@ def _measure(
         "parameters": cost.total,
         "training_tflop": flops / 1e12,
         "sampling_gflop": cost.flops_per_sample / 1e9,
-        "peak_mb": psutil.Process().memory_info().rss / 1e6,
         **numbers,
     }
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from callbacks.memory import forget_process_peak, peak_process_bytes
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,6 +56,10 @@ def run_rows(
 ) -> Outcome:
     """Run what is missing, in order, and return what there is.
 
+    Beside its own columns each row has ``seconds`` and ``peak_mb``: what the process held at most, libraries and data
+    included. A training that was there already is in neither. (Where the system does not let a process forget its peak,
+    it is that of all rows so far.)
+
     Args:
         rows: in order of worth.
         folder: of the study; rows are kept in ``rows/KEY.json``, their trainings in ``KEY/``.
@@ -72,8 +78,10 @@ def run_rows(
             continue
         print(f"=== {row.key}", flush=True)
         start = time.perf_counter()
+        forget_process_peak()
         measured = row.measure(folder / row.key)
-        whole = {**row.facts, **measured, "seconds": round(time.perf_counter() - start, 1)}
+        spent = {"seconds": round(time.perf_counter() - start, 1), "peak_mb": round(peak_process_bytes() / 1e6)}
+        whole = {**row.facts, **measured, **spent}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.write_text(json.dumps(whole, indent=1), encoding="utf-8")
