@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -20,8 +21,17 @@ from allpet.metrics import standard_image
 from allpet.prompts import TRACERS
 from allpet.simulation.tasks import TASKS
 from allpet.systems.paired import PairedSystem, Restored
+from allpet.systems.prior_restoration import PriorRestoration
 from callbacks.attention_overlay import attention_overlay, tinted_areas, tinted_sinogram
 from callbacks.figures import Tile, draw_grid, save_figure, top
+
+NOTES = {
+    "attenuation": "the attenuating body is not given but inferred",
+    "delayed": "what happens until then is not measured but inferred",
+    "separation": "two tracers in one static scan cannot be told apart by physics, only by what was learned",
+    "conversion": "hypothetical: how the other tracer might look, never quantitative",
+}
+"""What has to be said wherever results of a task are shown, see ``allpet.simulation.tasks``."""
 
 
 class RestorationWriter(Callback):
@@ -30,9 +40,9 @@ class RestorationWriter(Callback):
     In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
     one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
     both domains, ``attention.png`` where the model attends or a ROI was given. The files keep what their inputs say
-    (table, geometry, units, provenance), say that a model has processed them, and can be read and exported as any other
-    (``allpet-data export``). Of two targets, those of a slice follow one another; the column ``target`` tells them
-    apart.
+    (table, geometry, units, provenance), say that a model has processed them and what has to be said of its task
+    (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a slice
+    follow one another; the column ``target`` tells them apart.
 
     Args:
         image: how images are reconstructed: "osem", as all are compared (``metrics.standard_image``), or "fbp". Their
@@ -61,7 +71,7 @@ class RestorationWriter(Callback):
         """
         if stage != "predict":
             return
-        if not isinstance(pl_module, PairedSystem):
+        if not isinstance(pl_module, (PairedSystem, PriorRestoration)):
             raise TypeError(f"{type(pl_module).__name__} restores nothing: name the folder of a downstream task.")
         if trainer.world_size > 1:
             raise RuntimeError("Restored files are written by one process: use --trainer.devices 1.")
@@ -76,7 +86,7 @@ class RestorationWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take in a batch; write every file that is complete."""
-        assert isinstance(pl_module, PairedSystem)
+        assert isinstance(pl_module, (PairedSystem, PriorRestoration))
         radon = Radon(pl_module.geometry)
         results = self._results(radon, outputs, batch)
         tracers = [TRACERS[i] for i in batch.condition.target_tracer.tolist()]
@@ -96,10 +106,11 @@ class RestorationWriter(Callback):
         """Write the last file, draw the pictures, and say where they are."""
         if self._name is None:
             return
-        assert isinstance(pl_module, PairedSystem)
+        assert isinstance(pl_module, (PairedSystem, PriorRestoration))
         self._write(trainer, pl_module, self._last)
         folder = Path(trainer.default_root_dir)
-        save_figure(restoration_gallery(self._shown, self._count), folder / "gallery.png")
+        gallery = restoration_gallery(self._shown, self._count, _task(self._last))
+        save_figure(gallery, folder / "gallery.png")
         pictures = ["gallery.png"]
         rois = [roi for _, _, roi in self._shown if roi is not None]
         attention = pl_module.attention_to(rois[0] if rois else None)
@@ -131,7 +142,12 @@ class RestorationWriter(Callback):
         return _each(lambda x: standard_image(radon, x), sinogram)
 
     def _show(
-        self, system: PairedSystem, radon: Radon, results: dict[str, Tensor], batch: RestorationBatch, i: int
+        self,
+        system: PairedSystem | PriorRestoration,
+        radon: Radon,
+        results: dict[str, Tensor],
+        batch: RestorationBatch,
+        i: int,
     ) -> None:
         """Remember a slice for the pictures."""
         given = batch.input[i].float() / batch.gain
@@ -147,15 +163,16 @@ class RestorationWriter(Callback):
             parts["sinogram attended"] = tinted_sinogram(given[0].cpu(), attended.cpu())
         self._shown.append((f"{name}\nslice {number}", parts, roi))
 
-    def _write(self, trainer: Trainer, system: PairedSystem, batch: RestorationBatch) -> None:
+    def _write(self, trainer: Trainer, system: PairedSystem | PriorRestoration, batch: RestorationBatch) -> None:
         """Write the file whose slices have all been restored."""
         if self._name is None:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         source: Scan = data.source(self._name)
         k = len(self._targets) // len(source.values)
+        task = _task(batch)
         table = {name: [entry for entry in column for _ in range(k)] for name, column in source.table.items()}
-        if k > 1 or TASKS[int(batch.condition.task[0])] == "conversion":
+        if k > 1 or task == "conversion":
             table["target"] = self._targets
         place = self._place(self._name)
         for part, values in self._rows.items():
@@ -168,7 +185,9 @@ class RestorationWriter(Callback):
                 "processed_by_model": True,
                 "synthetic": True,
                 "model": type(system).__name__,
-                "task": TASKS[int(batch.condition.task[0])],
+                "task": task,
+                **({"note": NOTES[task]} if task in NOTES else {}),
+                "gain": batch.gain,
                 "sampling": repr(system.sampling),
                 "content": f"{what} over {system.sampling.samples} sample(s)",
                 "region_of_interest": batch.roi is not None,
@@ -181,7 +200,7 @@ class RestorationWriter(Callback):
                 geometry=system.geometry if part.startswith("sinograms") else None,
                 pixel_mm=None if part.startswith("sinograms") or system.geometry is None else system.geometry.pixel_mm,
                 units=source.units if part.startswith("sinograms") else f"{source.units or 'input units'} / mm",
-                state=_state(source, TASKS[int(batch.condition.task[0])]),
+                state=_state(source, task),
                 table=table,
                 provenance=json.loads(json.dumps(provenance, default=str)),
                 notes=(),
@@ -198,7 +217,9 @@ class RestorationWriter(Callback):
         return place
 
 
-def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]], count: int) -> Any:
+def restoration_gallery(
+    shown: list[tuple[str, dict[str, Tensor], Tensor | None]], count: int, task: str = "low_dose"
+) -> Any:
     """Draw slices: input, results and their deviations, above in the sinogram, below in the image.
 
     Args:
@@ -206,6 +227,7 @@ def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]
             ``images``, ``images_std``, and of a model that attends ``sinogram attended`` and ``image attended`` with
             three colours last), region.
         count: how many slices were restored, of which these are the first.
+        task: whose results they are; what has to be said of them stands above.
 
     Returns:
         a matplotlib figure.
@@ -226,7 +248,15 @@ def restoration_gallery(shown: list[tuple[str, dict[str, Tensor], Tensor | None]
             rows.append(row)
             labels.append(f"{title}\n{domain}")
     of = f"the first {len(shown)} of {count} slices; " if len(shown) < count else ""
-    return draw_grid(rows, labels, f"{of}processed by a model: not for diagnosis", tile_inches=1.6)
+    said = [f"{of}processed by a model: not for diagnosis"]
+    if task in NOTES:
+        said.append(f"{task}: {NOTES[task]}")
+    width = 25 * len(rows[0])  # characters above a tile
+    return draw_grid(rows, labels, "\n".join(textwrap.fill(line, width) for line in said), tile_inches=1.6)
+
+
+def _task(batch: RestorationBatch) -> str:
+    return TASKS[int(batch.condition.task[0])]
 
 
 def _each(reconstruct: Any, sinograms: Tensor) -> Tensor:

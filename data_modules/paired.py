@@ -95,6 +95,8 @@ class PairedTask(PairedDataModule):
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}, but must be at least 1.")
+        if test_patients < 0:
+            raise ValueError(f"test_patients is {test_patients}, but must not be negative; 0 is for none.")
         if reverse and generated:
             raise ValueError("Generated pairs are for the task itself: leave out either reverse or generated.")
         self.task, self.options, self.reverse, self.generated = task, options or PairOptions(), reverse, generated

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch.utils.data import DataLoader
 
 from allpet.conditions import Condition, RestorationBatch
 from allpet.geometry import ParallelBeam
-from allpet.io import Scan
+from allpet.io import DataError, Scan
 from allpet.prompts import OPEN, Prompt
-from allpet.regions import roi_from_file
+from allpet.randomness import keyed_generator
+from allpet.regions import roi_box, roi_from_file
 from allpet.simulation.tasks import TASKS, TWO_TRACERS
+from allpet.systems.knowledge import Knowledge, level
 from data_modules.base import fixed_scale
 from data_modules.checks import by
 from data_modules.files import prompts_of
@@ -37,20 +41,25 @@ class SinogramsToRestore(LightningDataModule):
         task: what was trained: ``low_dose``, ``attenuation``, ``delayed``, ``separation`` or ``conversion``.
         tracer: tracer of all slices, or ``open``: as the files say.
         region: region of all slices, or ``open``: as the files say.
-        dose: share of the normal dose that the slices have; needed by *low_dose*.
-        delay_min: minutes from this scan to the wanted one; needed by *delayed*.
+        dose: share of the normal dose that the slices have; needed by *low_dose*, and by nothing else.
+        delay_min: minutes from this scan to the wanted one; needed by *delayed*, and by nothing else.
         target_tracers: the tracer wanted (*conversion*) or the two to separate (*separation*).
         gain: what the values are multiplied by to be in the units of the model's training data, SUV x mm for the
             simulator; results are divided by it. None: 1 where the files say SUV, else one number for the folder that
-            brings its 99.9th percentile to that of the training data, which is said.
+            makes its slices as strong as those of the same tracer and region that the model was trained on
+            (``allpet.systems.knowledge.level``), which is said. A patient's own SUV differ from theirs by some 20 %.
         roi: file with a mask to look at (``allpet.roi_from_file``), of one slice or of as many as the folder has.
         roi_pixel_mm: its pixel width, where the file does not say.
+        roi_label: which values of the mask count, numbers or names of the simulator's tissues; None: all but zero.
+        roi_box: a box to look at in all slices instead, left, right, lower and upper edge in mm from the axis of
+            rotation, x to the right, y up.
         key: name of the array in each file, where files hold several.
         slices: axis that counts slices in three-dimensional arrays.
         full_turn: sinograms cover 360 degrees and are folded to 180.
         layout: name of a public data set's layout; ``auto`` looks for one, ``none`` not.
         role: which files of the layout are read; None: the layout's default.
-        seed: of the first slice; the next has one more. A result depends on its seed and input alone.
+        seed: keys the draws. Those of a slice depend on it, the name of its file within the folder and its number
+            there alone; so does the result where ``gain`` is given, else it depends on the folder's gain, too.
         batch_size: slices restored at once.
 
     Raises:
@@ -69,6 +78,8 @@ class SinogramsToRestore(LightningDataModule):
         gain: float | None = None,
         roi: str | None = None,
         roi_pixel_mm: float | None = None,
+        roi_label: int | str | list[int | str] | None = None,
+        roi_box: tuple[float, float, float, float] | None = None,
         key: str | None = None,
         slices: Literal["auto", "first", "last"] = "auto",
         full_turn: bool = False,
@@ -84,10 +95,20 @@ class SinogramsToRestore(LightningDataModule):
             raise ValueError(f"gain is {gain}, but must be a positive number.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
+        if roi is not None and roi_box is not None:
+            raise ValueError("Both a mask (roi) and a box (roi_box) are given: give one region of interest.")
+        if roi is None and (roi_label is not None or roi_pixel_mm is not None):
+            raise ValueError("roi_label and roi_pixel_mm speak of a mask, but there is none: name its file with roi.")
+        if roi_box is not None and not (roi_box[0] < roi_box[1] and roi_box[2] < roi_box[3]):
+            raise ValueError(
+                f"roi_box is {list(roi_box)}, but must be left, right, lower and upper edge in mm, left below right "
+                "and lower below upper."
+            )
         self.prompt = Prompt.of([(tracer, region)])
         self.task, self.targets, self.dose, self.delay_min = task, tuple(target_tracers or ()), dose, delay_min
         self.folder, self.key, self.slices, self.full_turn = str(folder), key, slices, full_turn
-        self.asked_gain, self.roi_file, self.roi_pixel_mm = gain, roi, roi_pixel_mm
+        self.asked_gain, self.roi_file, self.roi_pixel_mm, self.roi_box = gain, roi, roi_pixel_mm, roi_box
+        self.roi_labels = [roi_label] if isinstance(roi_label, (int, str)) else roi_label
         self.layout, self.role, self.seed, self.batch_size = layout, role, seed, batch_size
         self.files: list[FoundFile] = []
         self.geometry: ParallelBeam | None = None
@@ -98,7 +119,8 @@ class SinogramsToRestore(LightningDataModule):
         """Check and read the folder; where a model is known, bring values and region to what it knows.
 
         Raises:
-            ValueError: if the folder or the region cannot be used, or what the task needs was not said.
+            ValueError: if the folder or the region cannot be used, what the task needs was not said, or the model was
+                not trained for it.
         """
         if not self.files:
             self._check_task()
@@ -106,6 +128,7 @@ class SinogramsToRestore(LightningDataModule):
         system: Any = getattr(self.trainer, "lightning_module", None)
         if system is None or getattr(system, "geometry", None) is None:
             return
+        system.check(self._condition([self.prompt.names()[0]]), None, self._n_targets)
         shape, wanted = self.files[0].slices.shape[1:], system.geometry.sinogram_shape
         if shape != wanted:
             raise ValueError(
@@ -118,9 +141,16 @@ class SinogramsToRestore(LightningDataModule):
                 f"{self.folder} has bins of {said.bin_mm:g} mm, but the model was trained on bins of "
                 f"{system.geometry.bin_mm:g} mm: use a model trained on the scanner's own geometry."
             )
+        if said is None:
+            rank_zero_info(
+                f"WARN  {self.folder}: the files do not say how wide their bins are, so {system.geometry.bin_mm:g} mm "
+                "are assumed, the model's: check that they are, or the results are wrong."
+            )
         self.geometry = system.geometry
         self.gain = self._choose_gain(system)
-        if self.roi_file is not None:
+        if self.roi_box is not None:
+            self.roi = roi_box(system.geometry, self.roi_box[:2], self.roi_box[2:])
+        elif self.roi_file is not None:
             self.roi = self._read_roi(system.geometry)
 
     @property
@@ -146,37 +176,50 @@ class SinogramsToRestore(LightningDataModule):
         slices = {found.name: found.slices for found in self.files}
         chosen = [origin[row] for row in rows]
         values = torch.from_numpy(np.stack([slices[name][i] for name, i in chosen]))[:, None]
-        prompts = [prompt for row in rows for prompt in [self._prompts[row]] * max(len(self.targets), 1)]
-        tracers = list(self.targets) * len(rows) if self.task in TWO_TRACERS else None
         if self.roi is None:
             roi = None
         else:
             roi = self.roi[list(rows)] if len(self.roi) > 1 else self.roi.expand(len(rows), -1, -1, -1)
         return RestorationBatch(
             values * self.gain,
-            Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, 1.0 if self.dose is None else self.dose),
-            self.seed + torch.tensor(list(rows)),
+            self._condition([self._prompts[row] for row in rows]),
+            torch.tensor([self._seed(name, i) for name, i in chosen]),
             self.gain,
             roi,
             chosen,
         )
 
+    @property
+    def _n_targets(self) -> int:
+        return max(len(self.targets), 1)
+
+    def _condition(self, prompts: Sequence[str]) -> Condition:
+        """Return what is asked of slices of these prompts, one entry per target."""
+        tracers = list(self.targets) * len(prompts) if self.task in TWO_TRACERS else None
+        each = [prompt for prompt in prompts for _ in range(self._n_targets)]
+        return Condition.of(self.task, each, tracers, self.delay_min or 0.0, 1.0 if self.dose is None else self.dose)
+
+    def _seed(self, name: str, number: int) -> int:
+        return int(torch.randint(2**62, (), generator=keyed_generator(self.seed, name, number, "restored")))
+
     def _check_task(self) -> None:
-        """Refuse settings that lack what the task needs."""
+        """Refuse settings that lack what the task needs, or have what it does not."""
         if self.task == "low_dose" and self.dose is None:
             raise ValueError(
                 "low_dose needs the share of the normal dose that the scans have: DOSE=0.05 (--data.dose)."
             )
         if self.task == "delayed" and self.delay_min is None:
             raise ValueError("delayed needs the minutes until the wanted scan: DELAY=60 (--data.delay_min).")
+        for task, name, value in (("low_dose", "dose", self.dose), ("delayed", "delay_min", self.delay_min)):
+            if self.task != task and value is not None:
+                raise ValueError(f"{name} is {value}, but the task is {self.task}: leave it out.")
         wanted = {"separation": 2, "conversion": 1}.get(self.task, 0)
         if len(self.targets) != wanted:
             remedy = "name those: TARGETS=FDG,PSMA (--data.target_tracers)" if wanted else "leave them out"
             raise ValueError(f"{self.task} takes {wanted} target tracer(s), but got {len(self.targets)}; {remedy}.")
-        tracers = list(self.targets) or None
-        prompts = [f"{OPEN}:{OPEN}"] * max(wanted, 1)
-        dose = 1.0 if self.dose is None else self.dose
-        Condition.of(self.task, prompts, tracers, self.delay_min or 0.0, dose)  # refuses names and ranges
+        asked = self._condition(self.prompt.names()).target_tracer.tolist()  # refuses names and ranges
+        if len(set(asked)) < wanted:
+            raise ValueError(f"The target tracers are {', '.join(self.targets)}, but must be two that differ.")
 
     def _read(self) -> None:
         report, files = inspect_folder(
@@ -190,25 +233,83 @@ class SinogramsToRestore(LightningDataModule):
             # what is to be corrected is no fault here
             if self.task != "attenuation" or "not corrected for attenuation" not in row.finding:
                 rank_zero_info(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
-        self.files, self.geometry = files, report.geometry
+        self.files, self.geometry = [self._before_correction(found) for found in files], report.geometry
         self._prompts = prompts_of(files, self.prompt).names()
+        halves = [prompt.split(":") for prompt in self._prompts]
+        missing = [name for k, name in enumerate(("tracer", "region")) if any(one[k] == OPEN for one in halves)]
+        if missing:
+            n = sum(OPEN in one for one in halves)
+            rank_zero_info(
+                f"WARN  {self.folder}: {n} of {len(halves)} slices do not say their {' and '.join(missing)}, without "
+                "which a model restores worse and a gain is a guess; give PROMPT=FDG:brain or what they are "
+                "(--data.tracer, --data.region)."
+            )
+
+    def _before_correction(self, found: FoundFile) -> FoundFile:
+        """Return a file as the task takes it, as ``find_pairs`` would.
+
+        Raises:
+            ValueError: if its state is one that the task does not take.
+        """
+        if (scan := found.scan) is None:
+            return found
+        where = self.folder if Path(self.folder).is_file() else Path(self.folder, found.name)
+        if scan.additive is not None and "scatter_corrected" not in scan.state:
+            finding = "scatter and randoms come with it (additive), which the model would take for activity"
+            raise DataError(where, finding, "subtract them first, and store what is left")
+        if "prompts" in scan.state:
+            rank_zero_info(f"WARN  {where}: its state is prompts, with randoms in them; subtract those first.")
+        if self.task != "attenuation" or "attenuation_corrected" not in scan.state:
+            return found
+        if scan.acf is None:
+            finding = "its state is attenuation_corrected, and a second correction would be wrong"
+            raise DataError(where, finding, "give it before correction, or with its correction factors (acf)")
+        if scan.acf.shape != found.slices.shape:
+            finding = (
+                f"its correction factors have {by(scan.acf.shape[1:])} bins, its sinograms {by(found.slices.shape[1:])}"
+            )
+            raise DataError(where, finding, "store both over 180 degrees")
+        if not (np.isfinite(scan.acf) & (scan.acf >= 0.999)).all():  # rounded, too
+            finding = (
+                f"its correction factors go from {scan.acf.min():.3g} to {scan.acf.max():.3g}, but none is below 1"
+            )
+            raise DataError(where, finding, "store factors that sinograms are multiplied by")
+        rank_zero_info(f"{where}: its attenuation correction is undone by its own factors (acf) first.")
+        return found._replace(slices=found.slices / scan.acf)
 
     def _choose_gain(self, system: Any) -> float:
         if self.asked_gain is not None:
             return self.asked_gain
         if all(found.scan is not None and "suv" in found.scan.units.lower() for found in self.files):
             return 1.0
-        ours = fixed_scale(torch.from_numpy(np.concatenate([found.slices for found in self.files])))
-        theirs = float(system.autoencoder.scaling.scale) * float(system.input_ratio[TASKS.index(self.task)])
+        values = torch.from_numpy(np.concatenate([found.slices for found in self.files]))
+        gain, how = self._by_level(values, system.knowledge), "which makes them as strong as what it was trained on"
+        if gain is None:
+            theirs = float(system.autoencoder.scaling.scale) * float(system.input_ratio[TASKS.index(self.task)])
+            gain, how = theirs / fixed_scale(values), "a guess"
+            rank_zero_info(
+                f"WARN  {self.folder}: the model does not say how strong its training data were, so the gain may be "
+                "wrong by a factor of several: give it with --data.gain, 1 for values in SUV x mm."
+            )
         rank_zero_info(
-            f"{self.folder}: the files do not say that they are SUV, so their values are multiplied by "
-            f"{theirs / ours:.4g} for the model, and its results divided by it; say another number with --data.gain."
+            f"{self.folder}: the files do not say that they are SUV, so their values are multiplied by {gain:.4g} for "
+            f"the model, {how}, and its results divided by it; say another number with --data.gain."
         )
-        return theirs / ours
+        return gain
+
+    def _by_level(self, values: torch.Tensor, knowledge: Knowledge | None) -> float | None:
+        """Return the median over slices of what brings each to the level of its prompt; None where none is known."""
+        known = None if knowledge is None else knowledge.tasks.get(self.task)
+        if known is None or not known.levels:
+            return None
+        ours = level(values).tolist()
+        theirs = [known.level_of(prompt) for prompt in self._prompts]
+        ratios = [wanted / found for wanted, found in zip(theirs, ours, strict=True) if wanted and found > 0]
+        return statistics.median(ratios) if ratios else None
 
     def _read_roi(self, geometry: ParallelBeam) -> torch.Tensor:
         try:
-            roi = roi_from_file(str(self.roi_file), geometry, self.roi_pixel_mm)
+            roi = roi_from_file(str(self.roi_file), geometry, self.roi_pixel_mm, labels=self.roi_labels)
         except (OSError, ValueError) as error:
             raise ValueError(str(error)) from error
         if len(roi) not in (1, self.n_slices):

@@ -244,7 +244,16 @@ def test_what_does_not_fit_is_refused(autoencoder):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"task": "none"}, {"delay_min": -1.0}, {"dose": 0.0}, {"target_tracers": ["FDG"] * 2}]
+    "wrong",
+    [
+        {"task": "none"},
+        {"delay_min": -1.0},
+        {"delay_min": float("nan")},
+        {"delay_min": float("inf")},
+        {"dose": 0.0},
+        {"dose": float("nan")},
+        {"target_tracers": ["FDG"] * 2},
+    ],
 )
 def test_impossible_conditions_are_refused(wrong):
     with pytest.raises(ValueError, match=r"choose one of|give a delay|give one for each"):

@@ -126,6 +126,7 @@ def test_symmetries_turn_input_and_targets_alike() -> None:
         ({"prompts": ["FDG+PSMA:abdomen"]}, r"low_dose takes 1 tracer\(s\), such as FDG:abdomen"),
         ({"task": "conversion", "prompts": ["FDG:abdomen"]}, r"conversion takes 2 tracer\(s\), such as FDG\+PSMA"),
         ({"num_scans": 0}, "num_scans is 0, but must be at least 1"),
+        ({"test_patients": -1}, "test_patients is -1, but must not be negative"),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, Any], sentence: str) -> None:

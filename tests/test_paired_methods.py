@@ -26,6 +26,7 @@ from allpet import (
     Denoiser,
     Diffusion,
     LatentBridge,
+    ParallelBeam,
     PixelSpace,
     Radon,
     symmetry,
@@ -33,9 +34,11 @@ from allpet import (
 from allpet.conditions import LABEL_SIZE
 from allpet.consistency import fit_measured
 from allpet.metrics import moment_residuals, psnr
+from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.systems.focus import Focus
+from allpet.systems.knowledge import Knowledge, Seen, level
 from allpet.systems.paired import PairedSystem
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 
@@ -315,6 +318,7 @@ def test_reprojecting_needs_a_geometry():
 @pytest.mark.parametrize("name", ["bridge", "pixels", "conditional"])
 def test_results_are_fitted_to_what_their_input_measures_and_to_nothing_else(name, data, tmp_path):
     system = awake(fitted(tmp_path, data, **METHODS[name]))
+    system.knowledge = None  # for it has not learned what is delayed
     given = data.test_set[[0, 1]].input
     condition = asked(2)._replace(task=torch.tensor([TASKS.index("low_dose"), TASKS.index("delayed")]))
     before = system.restore(given, condition, [3, 4], system.sampling).mean
@@ -344,6 +348,81 @@ def test_samples_that_are_fitted_differ_by_what_the_counts_leave_open(data, tmp_
     assert (several.std.amax((1, 2, 3)) > 0).all()
     again = system.restore(given[1:], asked(1), [4], replace(sampling, samples=2, nfe=1))
     torch.testing.assert_close(again.samples[:, 0], several.samples[:, 1], rtol=1e-3, atol=1e-3 * float(given.max()))
+
+
+def test_samples_that_would_all_be_the_same_are_refused(data, tmp_path):
+    system, given = awake(fitted(tmp_path, data)), data.test_set[[0]].input
+    with pytest.raises(ValueError, match=r"samples is 3, but one call \(nfe=1\) gives the same each time: use"):
+        system.restore(given, asked(1), [0], BridgeSampling(nfe=1, samples=3))
+    for differing in (BridgeSampling(nfe=2, samples=3), BridgeSampling(nfe=1, samples=3, data_consistency=1)):
+        assert (system.restore(given, asked(1), [0], differing).std.amax((1, 2, 3)) > 0).all()
+    noise_first = awake(fitted(tmp_path, data, **METHODS["conditional"]))
+    assert (noise_first.restore(given, asked(1), [0], ConditionalSampling(nfe=1, samples=2)).std > 0).any()
+
+
+# ------------------------------------------------------------------------------------------------------ knowledge
+
+
+def test_what_was_never_learned_is_refused_also_by_what_is_exported(data, tmp_path):
+    system, given = fitted(tmp_path / "fit", data), data.test_set[[0]].input
+    mixes = TinyPairs("separation")
+    mixes.setup()
+    separating = fitted(tmp_path / "separating", mixes)
+    for number, one in enumerate((system, separating)):
+        one.save_pretrained(tmp_path / str(number))
+    for one in (system, LatentBridge.from_pretrained(tmp_path / "0")):
+        one.restore(given, asked(1), [0])
+        with pytest.raises(ValueError, match="was trained for low_dose, but is asked for delayed: use a model") as no:
+            one.restore(given, Condition.of("delayed", ["FDG:abdomen"], delay_min=60.0), [0])
+        assert "\n" not in str(no.value)
+    for one in (separating, LatentBridge.from_pretrained(tmp_path / "1")):
+        for tracers in (["FDG", "PSMA"], ["FDG", "DOPA"]):
+            condition = Condition.of("separation", ["FDG:abdomen"] * 2, tracers)
+            if "PSMA" in tracers:
+                one.restore(given, condition, [0], n_targets=2)
+            else:
+                with pytest.raises(ValueError, match="to give FDG, PSMA in separation, but is asked for DOPA: ask"):
+                    one.restore(given, condition, [0], n_targets=2)
+    # exports of before it was noted do as they are told
+    config = json.loads((tmp_path / "0/config.json").read_text())
+    del config["trained"]
+    (tmp_path / "0/config.json").write_text(json.dumps(config))
+    old = LatentBridge.from_pretrained(tmp_path / "0")
+    assert old.restore(given, Condition.of("attenuation", ["FDG:abdomen"]), [0]).mean.isfinite().all()
+
+
+def test_what_a_run_is_scored_on_may_be_more_than_it_has_learned(data, tmp_path):
+    system, other = fitted(tmp_path, data), TinyPairs("separation")
+    other.setup()
+    assert system._restore_pairs(other.val_set[[0]], BridgeSampling(nfe=1)).mean.shape[1] == 2
+
+
+def test_a_level_tells_gain_from_noise_and_from_one_hot_organ():
+    geometry = ParallelBeam(16, 64, 5.0, 64, 5.0)
+    x, y = geometry.pixel_centers
+    body = (torch.hypot(x, y) < 110).float()
+    hot = body + 60 * (torch.hypot(x - 3, y + 3) < 12)
+    given, bladder = Radon(geometry).project(torch.stack([body, hot])[:, None])[:, 0]
+    noisy = given + 0.5 * given.max() * torch.randn(20, 16, 64, generator=keyed_generator("noise"))
+    plain = level(given[None])
+    torch.testing.assert_close(level(7 * given[None]), 7 * plain)
+    torch.testing.assert_close(level(noisy).mean(), plain[0], rtol=0.1, atol=0)
+    assert level(bladder[None]) < 1.1 * plain
+    assert bladder.mean() > 1.5 * given.mean(), "which the mean would not stand"
+
+
+def test_levels_are_those_of_the_prompts_that_enough_slices_answer(data):
+    batch = data.train_set[list(range(12))]
+    names = ["FDG:brain"] * 5 + ["FDG:abdomen"] * 5 + ["PSMA:pelvis"] * 2
+    gains = torch.tensor([4.0] * 5 + [1.0] * 5 + [2.0] * 2)[:, None, None, None]
+    same = batch.input[:1].expand(12, -1, -1, -1)
+    seen = [Seen.of(batch._replace(input=gains * same, prompt=Prompt.of(names)))]
+    known = Knowledge.of(seen).tasks["low_dose"]
+    one = float(level(same[0]))
+    wanted = {"FDG:brain": 4, "FDG:abdomen": 1, "open:trunk": 1, "FDG:open": 2.5, "PSMA:pelvis": 2, "DOPA:brain": 2}
+    for prompt, factor in wanted.items():
+        assert known.level_of(prompt) == pytest.approx(factor * one, rel=1e-3), prompt
+    assert "PSMA:pelvis" not in known.levels, "two slices are not enough: it has the level of all"
 
 
 def test_one_of_two_tracers_is_not_fitted_to_the_sum_of_both():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -15,12 +16,34 @@ from tiny_pairs import TinyPairs
 from tiny_pet import GEOMETRY
 
 import callbacks
-from allpet import AttentionUse, Autoencoder, Denoiser, LatentBridge, Radon, TransparentMedicalAttention, fbp
+from allpet import (
+    AttentionUse,
+    Autoencoder,
+    BridgeSampling,
+    Denoiser,
+    LatentBridge,
+    LatentDiffusion,
+    PixelSpace,
+    PriorRestoration,
+    Prompt,
+    Radon,
+    TransparentMedicalAttention,
+    fbp,
+    roi_box,
+)
 from allpet.cli import main
 from allpet.conditions import LABEL_SIZE
 from allpet.io import Scan, read_scan, write_scan
+from allpet.randomness import keyed_generator
+from allpet.simulation.tasks import TASKS
+from allpet.simulation.tissues import LABELS
+from allpet.systems.knowledge import Knowledge, TaskKnowledge
+from allpet.systems.paired import PairedSampling
 from callbacks.attention_overlay import attention_overlay, tinted_areas
+from callbacks.restoration_writer import restoration_gallery
 from data_modules import SinogramsToRestore
+from data_modules.paired import PairedSet
+from data_modules.paired_mix import MixedPairs
 
 RESTORE = ["predict", "-c", str(Path(__file__).parents[1] / "experiments" / "restore.yaml")]
 
@@ -104,7 +127,7 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
         ("p8/bare.npy", 1),
     ]
     sampling = type(system.sampling)(nfe=2, samples=3, data_consistency=4)  # as the file says
-    by_hand = system.restore(batch.input, batch.condition, range(5), sampling)
+    by_hand = system.restore(batch.input, batch.condition, batch.seed.tolist(), sampling)
     written = [read_scan(run / part / "p7/scan.h5") for part in parts]
     tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(by_hand.mean.max())}
     torch.testing.assert_close(torch.from_numpy(written[0].values), by_hand.mean[:3, 0], **tolerance)
@@ -122,6 +145,8 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
     assert sinograms.provenance["processed_by_model"]
     assert sinograms.provenance["input_provenance"]["scanner"] == "of mine"
     assert sinograms.provenance["task"] == "low_dose"
+    assert sinograms.provenance["gain"] == 1
+    assert "note" not in sinograms.provenance
     assert image.kind == "image"
     assert image.pixel_mm == GEOMETRY.pixel_mm
 
@@ -150,13 +175,241 @@ def test_a_region_of_interest_changes_what_comes_out(model, folder, tmp_path):
     assert not (runs[0] / "images_std").exists()  # of one sample there is no deviation
 
 
+def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):
+    torch.manual_seed(0)
+    small = {"layers_per_block": 1, "attention": (False, True), "head_channels": 8}
+    stage2 = LatentDiffusion(Autoencoder((8, 16)), Denoiser(4, 0, (8, 16), **small))
+    stage2.geometry = GEOMETRY
+    stage2.autoencoder.scaling.set_scale(500.0)
+    stage2.save_pretrained(tmp_path / "ldm")
+    words = ["--model", "allpet.PriorRestoration.from_pretrained", "--model.folder", str(tmp_path / "ldm")]
+    run = restore(tmp_path / "ldm", folder, "--data.gain", "2.0", *words, "--data.roi_box", "[-60,0,0,60]")
+    assert (run / "attention.png").exists()
+    data = SinogramsToRestore(str(folder), dose=0.1)
+    data.setup()
+    batch = data.batch([0, 1, 2])
+    method = PriorRestoration.from_pretrained(tmp_path / "ldm")
+    sampling = PairedSampling(nfe=2, samples=3, data_consistency=4)
+    roi = roi_box(GEOMETRY, (-60, 0), (0, 60)).expand(3, -1, -1, -1)
+    seeds = batch.seed.tolist()
+    by_hand = method.restore(2 * batch.input, batch.condition, seeds, sampling, roi=roi).mean[:, 0] / 2
+    written = torch.from_numpy(read_scan(run / "sinograms/p7/scan.h5").values)
+    torch.testing.assert_close(written, by_hand, rtol=1e-3, atol=1e-3 * float(by_hand.max()))
+    later = ["--data.task", "delayed", "--data.dose", "null", "--data.delay_min", "60"]
+    with pytest.raises(SystemExit, match="Stage 2 alone restores low doses, but is asked for delayed"):
+        restore(tmp_path / "ldm", folder, *words, *later)
+
+
 def test_two_targets_follow_one_another(model, folder):
-    options = ["--data.task", "separation", "--data.target_tracers", "[FDG, PSMA]"]
+    options = ["--data.task", "separation", "--data.target_tracers", "[FDG, PSMA]", "--data.dose", "null"]
     run = restore(model, folder, *options, "--model.sampling.samples", "1")
     scan = read_scan(run / "sinograms/p7/scan.h5")
     assert len(scan.values) == 6
     assert scan.table["target"] == ["FDG", "PSMA"] * 3
     assert scan.table["region"] == ["abdomen"] * 2 + ["pelvis"] * 4
+    assert scan.provenance["note"].startswith("two tracers in one static scan cannot be told apart by physics")
+
+
+def test_what_has_to_be_said_of_a_task_stands_above_its_pictures():
+    parts = {name: torch.rand(1, 4, 4) for name in ("input", "sinograms", "input image", "images")}
+    for task, said in (("conversion", "conversion: hypothetical"), ("attenuation", "not given but inferred")):
+        title = " ".join(restoration_gallery([("a", parts, None)], 3, task).get_suptitle().split())
+        assert said in title
+        assert "not for diagnosis" in title
+    assert "inferred" not in restoration_gallery([("a", parts, None)], 3, "low_dose").get_suptitle()
+
+
+# ----------------------------------------------------------------------------------------------- gain and prompts
+
+
+def pairs_of(names: list[str], task: str = "low_dose") -> PairedSet:
+    """Noisy pairs of heads, small and hot, and of bellies, wide, some with a hot spot, 10 slices of each prompt."""
+    x, y = GEOMETRY.pixel_centers
+    images, prompts = [], [name for name in names for _ in range(10)]
+    for i, name in enumerate(prompts):
+        a, b, brightness, spot = torch.rand(4, generator=keyed_generator(task, i, "body")).tolist()
+        head = name.endswith("brain")
+        body = (torch.hypot(x - 20 * a, y - 20 * b) < (70 if head else 130)).float()
+        hot = 0.0 if head or spot < 0.7 else 12 * (torch.hypot(x, y + 10) < 20)
+        images.append((0.9 + 0.2 * brightness) * ((6 if head else 1) * body + hot))
+    target = Radon(GEOMETRY).project(torch.stack(images)[:, None])
+    noise = target.mean() * torch.randn(target.shape, generator=keyed_generator(task, "noise"))
+    n, targets = len(prompts), 2 if task == "separation" else 1
+    one, share = torch.ones(n), torch.tensor([0.4, 0.6][:targets])[:, None, None] if targets == 2 else 1.0
+    arrays = {"input": target + 0.3 * noise, "expected": share * target, "noisy": share * (target + 0.1 * noise)}
+    arrays |= {"delay_min": 0 * one, "dose": 0.1 * one, "share": one[:, None].expand(-1, targets)}
+    tracers = torch.tensor([[1, 3][:targets]] * n)
+    return PairedSet(arrays, task, tracers, Prompt.of(prompts), torch.arange(n), torch.arange(n) // 2)
+
+
+def taught(pairs: PairedSet | MixedPairs) -> LatentBridge:
+    """A system that has measured pairs, as it does when its training starts."""
+    settings = {"layers_per_block": 1, "attention": (False, True), "head_channels": 8, "label_size": LABEL_SIZE}
+    system = LatentBridge(PixelSpace(), Denoiser(1, 1, (8, 16), **settings))
+    system.geometry = GEOMETRY
+    data = SimpleNamespace(train_set=pairs, scale=1000.0)
+    system._trainer = SimpleNamespace(datamodule=data, precision_plugin=SimpleNamespace(forward_context=torch.no_grad))
+    system.on_fit_start()
+    return system.eval()
+
+
+def ready(folder: Path, system: LatentBridge, **given) -> SinogramsToRestore:
+    data = SinogramsToRestore(
+        str(folder), **({"dose": 0.1} if given.get("task", "low_dose") == "low_dose" else {}), **given
+    )
+    data.trainer = SimpleNamespace(lightning_module=system)
+    data.setup("predict")
+    return data
+
+
+def written(place: Path, values: torch.Tensor) -> Path:
+    place.mkdir(exist_ok=True)
+    np.save(place / "scan.npy", values[:, 0].numpy())
+    return place
+
+
+def test_the_gain_is_that_of_the_tracer_and_the_region_and_follows_units_exactly(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    names = ["FDG:brain", "FDG:abdomen"]
+    system, fresh = taught(pairs_of(names)), pairs_of(names[::-1]).arrays["input"]
+    for region, given in (("abdomen", fresh[:6]), ("brain", fresh[10:16])):
+        gains = [
+            ready(written(tmp_path / "x", factor * given), system, tracer="FDG", region=region).gain
+            for factor in (1.0, 1000.0)
+        ]
+        assert gains[0] == pytest.approx(1, abs=0.25), region
+        assert gains[1] == pytest.approx(gains[0] / 1000, rel=1e-5)
+    both = torch.cat([fresh[:6], fresh[10:16]])
+    table = {"tracer": ["FDG"] * 12, "region": ["abdomen"] * 6 + ["brain"] * 6}
+    write_scan(tmp_path / "both/scan.h5", Scan(both[:, 0].numpy(), "sinogram", GEOMETRY, table=table))
+    assert ready(tmp_path / "both", system).gain == pytest.approx(1, abs=0.25)
+    # without prompts there is one number for all of them
+    assert ready(tmp_path / "x", system).gain * 1000 != pytest.approx(1, abs=0.25)
+    assert "6 of 6 slices do not say their tracer and region, without which a model restores worse" in caplog.text
+    assert "do not say how wide their bins are, so 20 mm are assumed" in caplog.text
+    assert "does not say how strong" not in caplog.text
+    # models of before do as before, and say how to do better
+    caplog.clear()
+    system.knowledge = None
+    old = ready(tmp_path / "x", system, tracer="FDG", region="brain").gain
+    assert old == pytest.approx(ready(tmp_path / "x", system).gain)
+    assert "give it with --data.gain, 1 for values in SUV x mm" in caplog.text
+    assert ready(tmp_path / "x", system, gain=2.0).gain == 2
+
+
+def test_the_warnings_are_for_what_is_not_said_alone(folder, model, caplog):
+    caplog.set_level(logging.INFO)
+    ready(folder, LatentBridge.from_pretrained(model), tracer="FDG")
+    assert "2 of 5 slices do not say their region, without which a model restores worse" in caplog.text
+    assert "bins" not in caplog.text, "one of the files says how wide they are"
+    caplog.clear()
+    ready(folder, LatentBridge.from_pretrained(model), tracer="FDG", region="abdomen")
+    assert "do not say their" not in caplog.text
+
+
+def test_the_gain_of_a_sum_of_two_tracers_does_not_depend_on_how_pairs_are_dealt_with(tmp_path):
+    names = ["FDG:abdomen"]
+    parts = [pairs_of(names, task) for task in ("separation", "low_dose")]
+    for system in (taught(MixedPairs(parts)), taught(parts[0])):
+        folder = written(tmp_path / "x", parts[0].arrays["input"][:6])
+        asked = {"task": "separation", "target_tracers": ["FDG", "PSMA"], "tracer": "FDG", "region": "abdomen"}
+        assert ready(folder, system, **asked).gain == pytest.approx(1, abs=0.1)
+    assert float(taught(MixedPairs(parts)).input_ratio[TASKS.index("separation")]) == pytest.approx(2, rel=0.05)
+
+
+def test_what_a_model_never_learned_is_refused_before_anything_is_restored(tmp_path):
+    folder = written(tmp_path / "x", pairs_of(["FDG:abdomen"]).arrays["input"][:2])
+    system = taught(pairs_of(["FDG:abdomen"]))
+    with pytest.raises(ValueError, match="was trained for low_dose, but is asked for attenuation: use a model"):
+        ready(folder, system, task="attenuation")
+    system.knowledge = Knowledge({"conversion": TaskKnowledge(("PSMA",))})
+    with pytest.raises(ValueError, match="trained to give PSMA in conversion, but is asked for DOPA: ask for what"):
+        ready(folder, system, task="conversion", target_tracers=["DOPA"])
+    system.knowledge, system.sampling = None, BridgeSampling(nfe=1, samples=8)
+    with pytest.raises(ValueError, match=r"one call \(nfe=1\) gives the same each time"):
+        ready(folder, system, task="attenuation")
+    system.sampling = BridgeSampling(nfe=1, samples=8, data_consistency=2)
+    ready(folder, system)  # samples of what is fitted differ
+
+
+def test_draws_follow_file_and_slice_wherever_they_stand(folder):
+    def seeds(seed: int = 0) -> dict[tuple[str, int], int]:
+        data = SinogramsToRestore(str(folder), dose=0.1, gain=1.0, seed=seed)
+        data.setup()
+        batch = data.batch(range(data.n_slices))
+        return dict(zip(batch.origin, batch.seed.tolist(), strict=True))
+
+    before = seeds()
+    assert len(set(before.values())) == 5
+    np.save(folder / "a.npy", np.random.default_rng(0).random((2, 16, 16), np.float32))  # the first in order
+    after = seeds()
+    assert {key: after[key] for key in before} == before
+    assert not set(seeds(1).values()) & set(after.values())
+
+
+# ------------------------------------------------------------------------------------------ state of what is given
+
+
+def test_what_was_corrected_is_not_corrected_again(slices, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+
+    def read(task: str = "attenuation", **given) -> SinogramsToRestore:
+        write_scan(tmp_path / "x/scan.h5", Scan(slices, "sinogram", GEOMETRY, **given))
+        data = SinogramsToRestore(str(tmp_path / "x"), task=task, dose=0.1 if task == "low_dose" else None)
+        data.setup()
+        return data
+
+    corrected, acf = ("attenuation_corrected",), np.full_like(slices, 4.0)
+    with pytest.raises(ValueError, match=r"its correction factors go from 0\.4 to 0\.4, but none is below 1"):
+        read(state=corrected, acf=0.1 * acf)
+    with pytest.raises(ValueError, match="its state is attenuation_corrected, and a second correction would be wrong"):
+        read(state=corrected)
+    data = read(state=corrected, acf=acf)
+    np.testing.assert_allclose(data.batch([0]).input[0, 0].numpy(), data.gain * slices[0] / 4)
+    np.testing.assert_allclose(read(acf=acf).batch([0]).input[0, 0].numpy(), slices[0])
+    np.testing.assert_allclose(read("low_dose", state=corrected, acf=acf).batch([0]).input[0, 0].numpy(), slices[0])
+    for task in ("attenuation", "low_dose"):
+        with pytest.raises(ValueError, match=r"scatter and randoms come with it \(additive\).*subtract them first"):
+            read(task, additive=0.1 * acf)
+    counts = np.abs(slices)
+    write_scan(tmp_path / "x/scan.h5", Scan(counts, "sinogram", GEOMETRY, state=("prompts",)))
+    SinogramsToRestore(str(tmp_path / "x"), dose=0.1).setup()
+    assert "its state is prompts, with randoms in them; subtract those first" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------- regions
+
+
+def test_a_region_is_a_mask_labels_of_it_or_a_box(folder, model, tmp_path):
+    system = LatentBridge.from_pretrained(model)
+    labels = np.zeros((1, 16, 16), np.float32)
+    labels[0, 4:8, 5:9], labels[0, 10:12, 3:5], labels[0, 13, 2] = 7, LABELS["liver"], 3
+    np.save(tmp_path / "labels.npy", labels)
+    mask = {"roi": str(tmp_path / "labels.npy")}
+
+    def marked(**given) -> np.ndarray:
+        return ready(folder, system, **given).roi[0, 0].numpy()
+
+    assert np.array_equal(marked(**mask), labels[0] > 0)
+    assert np.array_equal(marked(**mask, roi_label=7), labels[0] == 7)
+    assert np.array_equal(marked(**mask, roi_label=[7, "liver"]), (labels[0] == 7) | (labels[0] == LABELS["liver"]))
+    x, y = (values.numpy() for values in GEOMETRY.pixel_centers)
+    box = marked(roi_box=(-60.0, 20.0, 0.0, 80.0))
+    assert np.array_equal(box, (abs(x + 20) <= 40) & (abs(y - 40) <= 40))
+    batch = ready(folder, system, roi_box=(-60.0, 20.0, 0.0, 80.0)).batch([0, 3])
+    assert batch.roi.shape == (2, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"labels\.npy: it holds no label 9, but 0, 3, 7, 20; name a label that it"):
+        marked(**mask, roi_label=9)
+    with pytest.raises(ValueError, match="There is no tissue 'knee'"):
+        marked(**mask, roi_label="knee")
+    with pytest.raises(ValueError, match="holds no pixel"):
+        marked(roi_box=(500.0, 600.0, 0.0, 80.0))
+
+
+def test_a_box_is_given_on_the_command_line(model, folder):
+    few = ["--model.sampling.samples", "1", "--model.sampling.nfe", "1", "--data.roi_box", "[-60, 20, 0, 80]"]
+    run = restore(model, folder, *few)
+    assert read_scan(run / "sinograms/p7/scan.h5").provenance["region_of_interest"]
 
 
 def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
@@ -202,7 +455,14 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         ({"task": "delayed"}, "delayed needs the minutes"),
         ({"task": "separation", "target_tracers": ["FDG"]}, r"separation takes 2 target tracer\(s\), but got 1"),
         ({"task": "delayed", "delay_min": 60.0, "target_tracers": ["FDG"]}, "leave them out"),
-        ({"task": "low_dose", "dose": 20.0}, r"give a delay >= 0 and a dose in \(0, 1\]"),
+        ({"task": "low_dose", "dose": 20.0}, r"give a delay >= 0 and finite, and a dose in \(0, 1\]"),
+        ({"task": "delayed", "delay_min": float("nan")}, "delay_min is nan and dose 1.0; give a delay >= 0"),
+        ({"task": "attenuation", "dose": 0.1}, "dose is 0.1, but the task is attenuation: leave it out"),
+        ({"task": "low_dose", "dose": 0.1, "delay_min": 60.0}, "delay_min is 60.0, but the task is low_dose: leave"),
+        ({"task": "separation", "target_tracers": ["FDG", "18F-FDG"]}, "but must be two that differ"),
+        ({"roi": "a.npy", "roi_box": (0.0, 1.0, 0.0, 1.0)}, r"Both a mask \(roi\) and a box \(roi_box\) are given"),
+        ({"roi_label": 3}, "speak of a mask, but there is none: name its file"),
+        ({"roi_box": (1.0, 0.0, 0.0, 1.0)}, r"roi_box is \[1.0, 0.0, 0.0, 1.0\], but must be left, right"),
         ({"task": "conversion", "target_tracers": ["XYZ"]}, "Unknown tracer 'XYZ'"),
         ({"task": "attenuation", "gain": 0.0}, "gain is 0.0"),
         ({"task": "guess"}, "Unknown task 'guess'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,8 +56,10 @@ class Condition(NamedTuple):
         """
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
-        if delay_min < 0 or not 0 < dose <= 1:
-            raise ValueError(f"delay_min is {delay_min} and dose {dose}; give a delay >= 0 and a dose in (0, 1].")
+        if not 0 <= delay_min < math.inf or not 0 < dose <= 1:
+            raise ValueError(
+                f"delay_min is {delay_min} and dose {dose}; give a delay >= 0 and finite, and a dose in (0, 1]."
+            )
         prompt = Prompt.of(prompts)
         if target_tracers is None:
             target = prompt.tracer.clone()

@@ -19,7 +19,11 @@ from allpet.simulation.tissues import LABELS
 
 
 def roi_from_file(
-    path: str | Path, geometry: ParallelBeam, pixel_mm: float | None = None, key: str | None = None
+    path: str | Path,
+    geometry: ParallelBeam,
+    pixel_mm: float | None = None,
+    key: str | None = None,
+    labels: Sequence[int | str] | None = None,
 ) -> Tensor:
     """Read a mask: whatever is not zero in a .npy, .npz, .mat, .h5 or NIfTI file, or a DICOM series.
 
@@ -28,17 +32,26 @@ def roi_from_file(
         geometry: whose image grid is wanted.
         pixel_mm: pixel width of the mask where the file does not say; None: its pixels must be the geometry's.
         key: name of the array, where a file holds several.
+        labels: which of its values count, numbers or names of ``LABELS``; None: all but zero.
 
     Returns:
         ``(slices, 1, rows, columns)``, bool; brought to the grid by its nearest pixels, the centres in one place.
 
     Raises:
         DataError: if the file cannot be read, its grid is unknown or its mask is empty.
+        ValueError: if a name is unknown.
     """
+    chosen = None if labels is None else [_label(label) for label in labels]
     scan = read_scan(path, key)
     if scan.kind == "sinogram":
         raise DataError(path, "it holds sinograms", "draw the region in the image")
-    mask = torch.from_numpy(scan.values != 0).unsqueeze(1)
+    values = torch.from_numpy(scan.values).unsqueeze(1)
+    mask = values != 0 if chosen is None else torch.isin(values, torch.tensor(chosen, dtype=values.dtype))
+    if labels is not None and not mask.any():
+        found = values.unique()
+        some = ", ".join(f"{value:g}" for value in found[:8].tolist()) + (", ..." if len(found) > 8 else "")
+        said = ", ".join(map(str, labels))
+        raise DataError(path, f"it holds no label {said}, but {some}", "name a label that it holds")
     if not mask.any():
         raise DataError(path, "its mask is zero everywhere", "mark the region with numbers other than zero")
     width = pixel_mm or scan.pixel_mm
@@ -87,10 +100,14 @@ def roi_from_labels(labels: Tensor, names: str | Sequence[str]) -> Tensor:
         ValueError: if a name is unknown.
     """
     names = [names] if isinstance(names, str) else list(names)
-    if unknown := [name for name in names if name not in LABELS]:
-        raise ValueError(f"There is no tissue {unknown[0]!r}; choose of {', '.join(LABELS)}.")
-    wanted = torch.tensor([LABELS[name] for name in names], device=labels.device)
+    wanted = torch.tensor([_label(name) for name in names], device=labels.device)
     return torch.isin(labels.long(), wanted)
+
+
+def _label(label: int | str) -> int:
+    if isinstance(label, str) and label not in LABELS:
+        raise ValueError(f"There is no tissue {label!r}; choose of {', '.join(LABELS)}.")
+    return LABELS[label] if isinstance(label, str) else label
 
 
 def _to_grid(mask: Tensor, pixel_mm: float, geometry: ParallelBeam) -> Tensor:

@@ -50,6 +50,11 @@ class BridgeSampling(PairedSampling):
         if self.sampler == "heun" and (self.nfe + 1) % 3:
             raise ValueError(f"nfe is {self.nfe}, but Heun's sampler makes 3 steps - 1 calls: 2, 5, ..., 119.")
 
+    @property
+    def certain(self) -> bool:
+        """Whether every draw gives the same: the first call returns the mean, noise comes after it."""
+        return self.nfe == 1
+
 
 class LatentBridge(PairedSystem):
     """A bridge between latents of the given and the wanted sinogram (DDBM, arXiv 2309.16948; endpoint-aware form).

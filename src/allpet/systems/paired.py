@@ -31,6 +31,7 @@ from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import MEASURING, TASKS, PairedBatch
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
+from allpet.systems.knowledge import Knowledge, Seen
 from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
@@ -101,6 +102,11 @@ class PairedSampling:
         if self.data_consistency < 0:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
 
+    @property
+    def certain(self) -> bool:
+        """Whether every draw gives the same."""
+        return False
+
     def fitted(self, task: Tensor, n_targets: int) -> list[int]:
         """Return which of the tasks ``(batch,)`` of so many targets have results that are fitted to their input."""
         whole = [TASKS.index(name) for name, targets in MEASURING.items() if targets == n_targets]
@@ -156,7 +162,8 @@ class PairedSystem(LatentSystem):
 
     The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
     of the targets, as without attenuation correction, are brought to it by one number for each task. These numbers and
-    the moments of the latents, one set for all tasks, are measured when training starts.
+    the moments of the latents, one set for all tasks, are measured when training starts. ``knowledge`` is what the
+    training pairs were, None where that is not known, as of exports of before it was noted.
 
     With ``reproject`` the source is not the given sinogram but the projection of its image after so many iterations of
     OSEM. What no image could have caused, most of the noise of a low dose among it, is then gone, before anything is
@@ -246,6 +253,7 @@ class PairedSystem(LatentSystem):
         self.sampling, self.attention_use, self.reproject = sampling, attention, reproject
         self.sinogram_weight, self.decode_batch = sinogram_weight, decode_batch
         self._attention: TransparentMedicalAttention | None = None
+        self.knowledge: Knowledge | None = None
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
         self.register_buffer("given_moments", unit[[0, 2], None].repeat(1, channels))
@@ -336,7 +344,10 @@ class PairedSystem(LatentSystem):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same."""
+        """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same.
+
+        What the pairs are is noted, too.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         pairs, size = data.train_set, self.sampling.batch_size
         if isinstance(self.autoencoder, PixelSpace):
@@ -346,11 +357,14 @@ class PairedSystem(LatentSystem):
         count = min(len(pairs), _MEASURED, max(_MEASURED_VALUES // (channels * rows * columns), 1))
         pieces = [list(range(count))[start : start + size] for start in range(0, count, size)]
         sums = torch.zeros(2, len(TASKS), dtype=torch.float64)
+        seen = []
         for piece in pieces:
             batch = pairs[piece]
+            seen.append(Seen.of(batch))
             wanted = self._targets(batch)  # of two tracers the input is the sum
             totals = [values.double().sum((1, 2, 3)).cpu() for values in (batch.input, wanted)]
             sums.index_add_(1, batch.task.cpu(), torch.stack(totals))
+        self.knowledge = Knowledge.of(seen)
         # A task that is not trained on has the others' scale.
         self.input_ratio.copy_(torch.where(sums[1] != 0, sums[0] / sums[1], sums[0].sum() / sums[1].sum()))
         latents = []
@@ -414,9 +428,45 @@ class PairedSystem(LatentSystem):
             attention_strength: how strongly; None for the sampling's.
 
         Raises:
-            ValueError: if the shapes do not fit, or a ROI is given to a model that cannot heed it.
+            ValueError: if the shapes do not fit, a ROI is given to a model that cannot heed it, or ``check`` refuses.
         """
         sampling = sampling or self.sampling
+        self.check(condition, sampling, n_targets)
+        return self._restored(given, condition, seeds, sampling, n_targets, progress, roi, attention_strength)
+
+    def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:
+        """Refuse what the model was not trained for, and samples that would all be the same.
+
+        Args:
+            condition: one entry per target.
+            sampling: how to; None takes the system's own.
+            n_targets: of each input.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        sampling = sampling or self.sampling
+        if self.knowledge is not None:
+            self.knowledge.check(condition)
+        task = condition.task[::n_targets]
+        if sampling.certain and sampling.samples > 1 and len(sampling.fitted(task, n_targets)) < len(task):
+            raise ValueError(
+                f"samples is {sampling.samples}, but one call (nfe=1) gives the same each time: use "
+                "--model.sampling.samples=1, or --model.sampling.nfe=2 and more for samples that differ."
+            )
+
+    @torch.no_grad()
+    def _restored(
+        self,
+        given: Tensor,
+        condition: Condition,
+        seeds: Sequence[int],
+        sampling: PairedSampling,
+        n_targets: int,
+        progress: bool = False,
+        roi: Tensor | None = None,
+        attention_strength: float | None = None,
+    ) -> Restored:
         shape = (given.shape[-2], given.shape[-1])
         self._check(given, shape, condition, seeds, sampling, n_targets, roi)
         strength = sampling.attention_strength if attention_strength is None else attention_strength
@@ -511,6 +561,7 @@ class PairedSystem(LatentSystem):
             "denoiser": self.denoiser.config,
             "attention": use and {"uses": use.uses, "strengths": use.strengths, "areas": attention},
             "reproject": self.reproject,
+            "trained": self.knowledge and self.knowledge.to_dict(),
             **self.exported(),
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
@@ -538,6 +589,8 @@ class PairedSystem(LatentSystem):
             for name in _STATISTICS:
                 getattr(system, name).copy_(weights[name])
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
+            if config.get("trained"):
+                system.knowledge = Knowledge.from_dict(config["trained"])
         return system.eval()
 
     def _check(
@@ -569,7 +622,8 @@ class PairedSystem(LatentSystem):
 
     def _restore_pairs(self, batch: PairedBatch, sampling: PairedSampling) -> Restored:
         n_targets = batch.expected.shape[1]
-        return self.restore(batch.input, Condition.of_pairs(batch), batch.sample_id.tolist(), sampling, n_targets)
+        # pairs of all splits, whatever of them was trained on
+        return self._restored(batch.input, Condition.of_pairs(batch), batch.sample_id.tolist(), sampling, n_targets)
 
     def _loss(self, batch: PairedBatch, run: tuple[Any, ...]) -> Tensor:
         n_targets, ids = batch.expected.shape[1], batch.sample_id.tolist()

@@ -1,0 +1,154 @@
+"""What a model of downstream tasks has learned: which tasks, which targets, and how strong its inputs were.
+
+It is noted when training starts and exported with the model, so that whoever uses it is told what it never learned, and
+scans in unknown units can be brought to its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from allpet.conditions import Condition
+from allpet.prompts import OPEN, REGIONS, TRACERS, Prompt, matches
+from allpet.simulation.tasks import TASKS, TWO_TRACERS, PairedBatch
+
+ENOUGH = 5
+"""Slices of a prompt that make its level known."""
+_ALL = f"{OPEN}:{OPEN}"
+_BAND = (0.6, 0.9)  # of the bins, by rank: what lies beside the patient is below, one hot organ above
+
+
+def level(sinogram: Tensor) -> Tensor:
+    """Return how strong each sinogram is; a times the sinogram has a times the level.
+
+    Of its mean over the views, the mean of the bins between the 60th and the 90th percentile. That neither noise nor a
+    bladder decides; patients of one tracer and region differ by some 20 %, as their SUV do.
+
+    Args:
+        sinogram: ``(batch, views, bins)``.
+
+    Returns:
+        ``(batch,)``, float64, in the sinogram's units.
+    """
+    profile = sinogram.double().mean(1).sort(1).values
+    low, high = (round(share * profile.shape[1]) for share in _BAND)
+    return profile[:, low : max(high, low + 1)].mean(1)
+
+
+class Seen(NamedTuple):
+    """What is noted of a batch of training pairs.
+
+    Attributes:
+        task: index into ``TASKS``, ``(batch,)``.
+        prompt: tracer and region of the inputs.
+        target_tracer: index into ``TRACERS``, ``(batch, targets)``.
+        level: of the inputs, ``(batch,)``.
+    """
+
+    task: Tensor
+    prompt: Prompt
+    target_tracer: Tensor
+    level: Tensor
+
+    @classmethod
+    def of(cls, batch: PairedBatch) -> Seen:
+        """Note a batch."""
+        return cls(batch.task, batch.prompt, batch.target_tracer, level(batch.input[:, 0]))
+
+
+@dataclass(frozen=True)
+class TaskKnowledge:
+    """What was learned of one task.
+
+    Attributes:
+        targets: tracers of the targets.
+        levels: median ``level`` of the inputs of each prompt, tracer:region, that ``ENOUGH`` slices answer; of
+            open:open, of all.
+    """
+
+    targets: tuple[str, ...] = ()
+    levels: dict[str, float] = field(default_factory=dict)
+
+    def level_of(self, prompt: str) -> float | None:
+        """Return the level of a prompt's inputs, or where it is unknown that of all; None where that is, too."""
+        return self.levels.get(prompt, self.levels.get(_ALL))
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What was learned, by the names of the tasks."""
+
+    tasks: dict[str, TaskKnowledge]
+
+    @classmethod
+    def of(cls, seen: Sequence[Seen]) -> Knowledge:
+        """Put together what was noted of the training pairs, or of enough of them."""
+        task, strength, tracer, region = (
+            torch.cat(parts).cpu() for parts in zip(*((one.task, one.level, *one.prompt) for one in seen), strict=True)
+        )
+        tasks = {}
+        for number in task.unique().tolist():
+            targets = sorted(
+                {index for one in seen for index in one.target_tracer[one.task == number].flatten().tolist()}
+            )
+            chosen = task == number
+            levels = _levels(Prompt(tracer[chosen], region[chosen]), strength[chosen])
+            tasks[TASKS[number]] = TaskKnowledge(tuple(TRACERS[index] for index in targets), levels)
+        return cls(tasks)
+
+    def check(self, condition: Condition) -> None:
+        """Refuse what was never learned.
+
+        Args:
+            condition: what is asked for.
+
+        Raises:
+            ValueError: if it names a task or a target's tracer that no training pair had.
+        """
+        for number, tracer in sorted(set(zip(condition.task.tolist(), condition.target_tracer.tolist(), strict=True))):
+            task, target = TASKS[number], TRACERS[tracer]
+            known = self.tasks.get(task)
+            if known is None:
+                raise ValueError(
+                    f"This model was trained for {', '.join(self.tasks)}, but is asked for {task}: use a model that "
+                    "was trained for it (MODEL=, --model.folder)."
+                )
+            if task in TWO_TRACERS and target not in known.targets:
+                raise ValueError(
+                    f"This model was trained to give {', '.join(known.targets)} in {task}, but is asked for {target}: "
+                    "ask for what it knows, or use a model that was trained for it (MODEL=, --model.folder)."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able; ``from_dict`` is the inverse."""
+        return {name: asdict(known) for name, known in self.tasks.items()}
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any]) -> Knowledge:
+        """Return what ``to_dict`` gave."""
+        tasks = {
+            name: TaskKnowledge(tuple(known["targets"]), {key: float(value) for key, value in known["levels"].items()})
+            for name, known in said.items()
+        }
+        return cls(tasks)
+
+
+def _levels(prompt: Prompt, strength: Tensor) -> dict[str, float]:
+    """Return median levels by prompt, with halves open, too."""
+    found = {}
+    for tracer, tracer_name in enumerate(TRACERS):
+        for region, region_name in enumerate(REGIONS):
+            name = f"{tracer_name}:{region_name}"
+            answering = strength[matches(Prompt(torch.tensor(tracer), torch.tensor(region)), prompt)].tolist()
+            if name != _ALL and len(answering) < ENOUGH:
+                continue
+            middle = statistics.median(answering)
+            if middle > 0:  # empty inputs have no level
+                found[name] = float(f"{middle:.4g}")
+    return found
