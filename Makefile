@@ -1,7 +1,10 @@
 # ALL-PET. `make` lists the targets; each is one short command that also works by hand.
 # Variables: DATA=folder (default: the built-in simulator), KIND=auto|sinogram|image, SCALE=laptop|gpu24;
 #   finetune: TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS=500, DATA= pairs of your own;
-#   restore: TASK, DATA and RESTORE_ARGS;
+#   restore: TASK, DATA, MODEL=run or root; DOSE= (low_dose), DELAY= (delayed), TARGETS=FDG,PSMA, PROMPT=FDG:brain;
+#     UPDATES= towards what was measured, ROI=mask file [LABEL=7] or BOX=left,right,lower,upper (mm), ATTENTION= to it,
+#     METHOD=prior: stage 2 alone, for low_dose;
+#   synthesise: TASK, PAIRS=50 real ones, N=450 generated ones; DATA= pairs of your own with DOSE= and PROMPT=;
 #   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines|downstream (TASK=);
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
 #   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
@@ -48,7 +51,10 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) $(PROMPT_ARGS)
 PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
+RESTORE_MODEL = $(if $(filter prior,$(METHOD)),--model allpet.PriorRestoration.from_pretrained \
+	--model.folder "$(or $(MODEL),outputs/ldm)",--model.folder "$(or $(MODEL),outputs/finetune/$(TASK))")
 RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
+	$(if $(BOX),--data.roi_box '[$(BOX)]') $(if $(LABEL),--data.roi_label '[$(LABEL)]') \
 	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) \
 	$(if $(UPDATES),--model.sampling.data_consistency $(UPDATES)) $(if $(SEED),--data.seed $(SEED))
 
@@ -117,11 +123,16 @@ else
 	$(call FIT,baselines/$(NAME))
 endif
 
-restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= UPDATES= ROI= MODEL=)
+synthesise: $(READY) ## Generate pairs beside few real ones (TASK= PAIRS=50 DATA= DOSE= PROMPT=); N= of them (450)
+	@test -n "$(TASK)" || { echo "Name the task: make synthesise TASK=low_dose PAIRS=50 N=450."; exit 1; }
+	$(BIN)/python experiments/synthesise.py $(TASK) $(if $(PAIRS),--pairs $(PAIRS)) $(if $(N),--count $(N)) \
+		$(if $(DATA),--folder "$(DATA)" $(if $(DOSE),--dose $(DOSE)) $(if $(PROMPT),--tracer $(word 1,$(subst :, ,$(PROMPT))) \
+		--region $(word 2,$(subst :, ,$(PROMPT))))) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA= DOSE= DELAY= TARGETS= PROMPT= MODEL=; UPDATES= ROI= BOX= METHOD=prior)
 	@test -n "$(TASK)" -a -n "$(DATA)" || \
 		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
-	$(BIN)/allpet predict -c experiments/restore.yaml --model.folder "$(or $(MODEL),outputs/finetune/$(TASK))" \
-		--data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
+	$(BIN)/allpet predict -c experiments/restore.yaml $(RESTORE_MODEL) --data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)

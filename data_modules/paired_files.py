@@ -25,7 +25,7 @@ from data_modules.folder import patients_of, splits_of
 from data_modules.layouts import AUTO
 from data_modules.pair_folder import FoundPairs, find_pairs
 from data_modules.paired_base import PairedDataModule
-from data_modules.paired_set import PairedSet
+from data_modules.paired_set import PairedSet, read_pairs
 
 
 class PairedFiles(PairedDataModule):
@@ -66,6 +66,7 @@ class PairedFiles(PairedDataModule):
         num_workers: loader processes.
         seed: keys order and draws, not the split.
         symmetry: makes the symmetry augmentation, see ``PairedDataModule``.
+        generated: file of generated pairs (``experiments/synthesise.py``) that are trained on besides.
 
     Raises:
         ValueError: if an argument is impossible; from ``setup``: if the pairs cannot be used, or are too few.
@@ -96,6 +97,7 @@ class PairedFiles(PairedDataModule):
         num_workers: int = 0,
         seed: int = 0,
         symmetry: Callable[[ParallelBeam], nn.Module] | None = None,
+        generated: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, num_scans, seed, symmetry)
         self.save_hyperparameters(logger=False, ignore=["geometry", "symmetry"])
@@ -123,7 +125,7 @@ class PairedFiles(PairedDataModule):
         self.folder, self.task, self.asked_geometry, self.asked_gain = str(folder), task, geometry, gain
         self.bin_mm, self.patient, self.gap = bin_mm, patient, gap
         self.reading: dict[str, Any] = {"key": key, "slices": slices, "full_turn": full_turn, "layout": layout}
-        self.val_share, self.test_share = val_share, test_share
+        self.val_share, self.test_share, self.generated = val_share, test_share, generated
         self._found: FoundPairs | None = None
         self._suits: tuple[ParallelBeam | None, float | None] = (None, None)
 
@@ -173,7 +175,12 @@ class PairedFiles(PairedDataModule):
             "split": "by patient" if by_patient else "by position, patients unknown or only one",
         }
         local = {"folder": self.folder, "split_rule": how}
-        identity = self._digest(inputs, found, split, [own.to_dict(), prompts])
+        about: list[Any] = [own.to_dict(), prompts]
+        if self.generated is not None:
+            more = read_pairs(self.generated, self.task, geometry)
+            train = train.joined(more)
+            about.append([len(more), float(more.arrays["input"].sum())])  # type: ignore[union-attr]
+        identity = self._digest(inputs, found, split, about)
         return LoadedData(geometry, train, val, test, identity, notes=notes, local=local)
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,15 +117,19 @@ def read_pairs(path: str | Path, task: str, geometry: ParallelBeam) -> PairedSet
     """Read what ``write_pairs`` wrote.
 
     Raises:
-        DataError: if the file cannot be read or its sinograms do not fit the geometry.
+        DataError: if the file cannot be read, is of another task, or its sinograms do not fit the geometry.
     """
     try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("task")
         tensors = load_file(path)
         arrays = {name: tensors[name] for name in ("input", "expected", "noisy", *NUMBERS)}
         about = tensors["target_tracer"], Prompt(tensors["tracer"], tensors["region"])
         ids = tensors["sample_id"], tensors["patient_id"]
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(path, f"it holds no pairs ({error})", "name a file of generated pairs") from error
+    if said != task:
+        raise DataError(path, f"it holds pairs for {said}, the task is {task}", "generate pairs for that")
     found, wanted = tuple(arrays["input"].shape[-2:]), geometry.sinogram_shape
     if found != wanted:
         raise DataError(path, f"its sinograms are {found}, the data {wanted}", "generate pairs of the same geometry")

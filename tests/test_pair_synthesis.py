@@ -246,8 +246,10 @@ def test_one_call_is_the_best_linear_estimate_of_what_the_noise_has_left(predict
     flow = method.restore(clean, asked, list(range(64)), PairedSampling(nfe=50)).mean
     # the probability flow shrinks x / alpha from sqrt(1 + s^2) to 1
     torch.testing.assert_close(flow, clean / math.sqrt(1 + size**2), rtol=5e-2, atol=1e-2)
-    with pytest.raises(ValueError, match="n_targets is 2"):
+    with pytest.raises(ValueError, match="restores low doses, but is asked for two targets"):
         method.restore(clean, asked, list(range(64)), n_targets=2)
+    with pytest.raises(ValueError, match="restores low doses, but is asked for delayed"):
+        method.restore(clean[:1], Condition.of("delayed", ["FDG:abdomen"], delay_min=60.0), [0])
 
 
 def test_more_noise_begins_later_and_samples_differ():
@@ -269,6 +271,14 @@ def test_what_the_prior_makes_of_a_scan_is_fitted_to_it():
         method.restore(batch.input, asked, [0, 1], PairedSampling(nfe=1, data_consistency=n)).mean for n in (0, 3)
     )
     torch.testing.assert_close(after, fit_measured(before, batch.input, Radon(GEOMETRY), 3))
+    roi = torch.zeros(1, 1, *GEOMETRY.image_shape, dtype=torch.bool)
+    roi[..., 6:9, 6:9] = True
+    looked = method.restore(batch.input, asked, [0, 1], PairedSampling(nfe=1, data_consistency=3), roi=roi).mean
+    wanted = fit_measured(before, batch.input, Radon(GEOMETRY), 3, 1 + roi.float())
+    torch.testing.assert_close(looked, wanted)
+    assert (looked - after).norm() > 1e-3 * after.norm()
+    with pytest.raises(ValueError, match="in the fit to the input"):
+        method.restore(batch.input, asked, [0, 1], roi=roi)
 
 
 def test_files_of_pairs_are_written_where_they_are_asked_for(tmp_path: Path):

@@ -41,6 +41,8 @@ _EXPORTS = {
     "systems.focus": ["AttentionUse"],
     "systems.paired": ["Restored"],
     "systems.latent_bridge": ["BridgeSampling", "LatentBridge"],
+    "systems.prior_restoration": ["PriorRestoration"],
+    "systems.pair_synthesis": ["synthesise_pairs"],
     "systems.conditional_diffusion": ["ConditionalDiffusion", "ConditionalSampling"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

@@ -15,22 +15,31 @@ and for white in the latents; neither is exact, for attenuation and randoms make
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from allpet import symmetry
+from allpet.attention import TransparentMedicalAttention
 from allpet.batches import unmasked_stack
-from allpet.conditions import Condition
+from allpet.conditions import Condition, RestorationBatch
 from allpet.geometry import ParallelBeam
+from allpet.models.autoencoder import Autoencoder
+from allpet.models.pixel_space import PixelSpace
+from allpet.projector import Radon
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
+from allpet.simulation.tasks import TASKS
+from allpet.systems.knowledge import Knowledge
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.paired import PairedSampling, Restored
 
 ORDERS = 4
 """Moments that the noise is measured by."""
+ONE_CALL = PairedSampling(nfe=1)
 _TRIALS = 4  # noise realisations that are encoded to see what noise does to a latent
 _SMOOTH_BINS = 4.0  # full width at half maximum of the Gaussian over the activity that the variance goes with
 
@@ -63,19 +72,61 @@ def noise_variance(sinogram: Tensor, geometry: ParallelBeam, orders: int = ORDER
     return torch.stack(found).mean(0).to(sinogram)
 
 
-class PriorRestoration:
+class PriorRestoration(LightningModule):
     """Low-dose restoration by a trained stage 2; it has the face of ``LatentBridge.restore``.
 
     Args:
         model: the stage 2.
-        sampling: number of calls, of samples and of latents per call; None for 1 call, which gives the mean.
+        sampling: number of calls, of samples and of latents per call; one call gives the mean.
+
+    Raises:
+        ValueError: if the geometry of stage 2 is not known.
     """
 
-    def __init__(self, model: LatentDiffusion, sampling: PairedSampling | None = None) -> None:
+    knowledge: Knowledge | None = None
+
+    def __init__(self, model: LatentDiffusion, sampling: PairedSampling = ONE_CALL) -> None:
+        super().__init__()
         if model.geometry is None:
             raise ValueError("The training geometry of stage 2 is unknown: load it with from_pretrained.")
         self.model, self.geometry = model.eval(), model.geometry
-        self.sampling = sampling or PairedSampling(nfe=1)
+        self.sampling = sampling
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, sampling: PairedSampling = ONE_CALL) -> PriorRestoration:
+        """Use the folder of a stage 2; raises as ``LatentDiffusion.from_pretrained`` does."""
+        return cls(LatentDiffusion.from_pretrained(folder), sampling)
+
+    @property
+    def autoencoder(self) -> Autoencoder | PixelSpace:
+        """Of stage 2."""
+        return self.model.autoencoder
+
+    @property
+    def input_ratio(self) -> Tensor:
+        """Scale of each task's inputs over that of the data: the same."""
+        return torch.ones(len(TASKS))
+
+    def attention_to(self, roi: Tensor | None) -> TransparentMedicalAttention | None:
+        """Return what the fit to the input heeds a ROI by; None without one."""
+        return None if roi is None else TransparentMedicalAttention(Radon(self.geometry))
+
+    def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:
+        """Refuse what stage 2 cannot do alone.
+
+        Raises:
+            ValueError: if anything but a low dose is to be restored.
+        """
+        others = sorted({TASKS[number] for number in condition.task.tolist()} - {"low_dose"})
+        if others or n_targets != 1:
+            raise ValueError(
+                f"Stage 2 alone restores low doses, but is asked for {', '.join(others) or 'two targets'}: use a model "
+                "that was trained for it."
+            )
+
+    def predict_step(self, batch: RestorationBatch, batch_idx: int) -> Restored:
+        """Restore a user's scans."""
+        return self.restore(batch.input, batch.condition, batch.seed.tolist(), None, batch.n_targets, roi=batch.roi)
 
     @torch.no_grad()
     def restore(
@@ -85,24 +136,31 @@ class PriorRestoration:
         seeds: Sequence[int],
         sampling: Any = None,
         n_targets: int = 1,
+        roi: Tensor | None = None,
+        attention_strength: float | None = None,
     ) -> Restored:
         """Take the noise out of low-dose sinograms.
 
         Args:
             given: ``(batch, 1, views, bins)`` in the units of stage 2's data, corrected for attenuation.
-            condition: of which tracer and region are heeded, and the task by ``data_consistency``. The dose is
-                measured.
+            condition: of which tracer and region are heeded. The dose is measured.
             seeds: one per input.
             sampling: how to; None takes the method's own. Samples differ by noise that is added before the denoiser is
                 called, half as much again as the input has.
             n_targets: must be 1.
+            roi: where the fit to the input is to look, ``(batch or 1, 1, rows, columns)``, bool.
+            attention_strength: how strongly; None for the sampling's.
 
         Raises:
-            ValueError: if more than one target is wanted.
+            ValueError: if ``check`` refuses, or there is a ROI and no fit to heed it.
         """
-        if n_targets != 1:
-            raise ValueError(f"n_targets is {n_targets}, but restoring a low dose has one target per input.")
+        self.check(condition, sampling, n_targets)
         sampling = sampling or self.sampling
+        if roi is not None and not sampling.data_consistency:
+            raise ValueError(
+                "Stage 2 alone heeds a region of interest in the fit to the input: leave it out, or fit "
+                "(data_consistency)."
+            )
         model, shape = self.model, self.geometry.sinogram_shape
         given = given.to(model.device)
         prompt = Prompt(*(index.to(model.device) for index in condition.prompt))
@@ -123,7 +181,11 @@ class PriorRestoration:
                 pieces.append(self._denoise(noisy, spread, part, sampling.nfe))
             full = model.autoencoder.decode(torch.cat(pieces), shape).full
             results.append(model.autoencoder.scaling.inverse(full))
-        return Restored.of(sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds))
+        emphasis = None
+        if (attention := self.attention_to(roi)) is not None:
+            strength = sampling.attention_strength if attention_strength is None else attention_strength
+            emphasis = attention.emphasise(attention.areas(given, roi), strength)
+        return Restored.of(sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds, emphasis))
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the standard deviation of the noise in the latent of each input, ``(batch,)``.
