@@ -8,6 +8,11 @@ convert``. REAL should be slices that nothing was trained on; every number stand
 against the other. TRAIN, the slices trained on, adds the copy test; ENCODER, the ``pretrained/`` folder of a stage 1,
 adds distances in its latents. Noisy slices belong with noisy samples, expected ones with expected ones.
 
+Where the files' tables tell tracer and region (samples tell what they were asked for), halves are balanced by them, and
+where REAL and FAKE share two prompts, classifiers tell whether prompts are obeyed and what FAKE is good for: what one
+trained on FAKE names of REAL. What denoisers learn from samples needs slices both noisy and expected: the studies
+measure it (``make study``), this command does not.
+
 Leaves ``outputs/reports/evaluate.json``, ``evaluate.md`` and ``evaluate.html``, one page that needs no other file.
 """
 
@@ -23,18 +28,21 @@ import torch
 from evaluation_page import write_page
 from torch import Tensor
 
-from allpet import AutoencoderSystem, ParallelBeam
+from allpet import AutoencoderSystem, ParallelBeam, Prompt
 from allpet.evaluation import evaluate
+from allpet.evaluation.naming import Labelled, naming_numbers
 from allpet.randomness import keyed_generator
 from allpet.reports import FOLDER, table, write_report
 from allpet.runs import newest_pretrained
 from allpet.symmetry import resample
-from data_modules.files import sinogram_geometry
-from data_modules.folder import patients_of
+from data_modules.files import prompts_of, sinogram_geometry
+from data_modules.folder import FoundFile, patients_of
 from data_modules.validate import inspect_folder
 
 MOST = 512
 """Slices taken of a set that has more: numbers hardly change, memory and time do."""
+STEPS = 200
+"""Of each classifier's training: half a minute at 64 x 80 on one core."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,26 @@ class Slices:
         geometry: of the sinograms.
         patients: number of each slice's patient, ``(n,)``; None where they cannot be told apart.
         found: what was found, a sentence.
+        prompt: what each slice shows or was asked for; None where no file tells.
     """
 
     sinogram: Tensor
     geometry: ParallelBeam
     patients: Tensor | None
     found: str
+    prompt: Prompt | None = None
+
+    @property
+    def whose(self) -> str:
+        """In words, of how many patients."""
+        if self.patients is None:
+            return "patients unknown, each slice counted as one"
+        count = len(self.patients.unique())
+        return "1 patient" if count == 1 else f"{count} patients"
+
+    def labelled(self) -> Labelled:
+        """Return what ``naming_numbers`` takes."""
+        return Labelled(self.sinogram, self.prompt, self.patients)
 
 
 def read_slices(place: Path, bin_mm: float | None = None) -> Slices:
@@ -77,12 +99,25 @@ def read_slices(place: Path, bin_mm: float | None = None) -> Slices:
         geometry, lengths = report.geometry, f"bins of {report.geometry.bin_mm:g} mm as the files say"
     owners = patients_of(files)
     patients = None
-    if owners.known and len(set(owners.names)) > 1:
+    if owners.known:
         names = sorted(set(owners.names))
         patients = torch.tensor([names.index(name) for name in owners.names])
-    who = "patients unknown" if patients is None else f"{len(patients.unique())} patients"
-    found = f"{place}: {len(values)} sinograms of {geometry.n_views} x {geometry.n_bins}, {lengths}, {who}"
-    return Slices(values, geometry, patients, found)
+    prompt, shown = read_prompts(files)
+    found = f"{place}: {len(values)} sinograms of {geometry.n_views} x {geometry.n_bins}, {lengths}, {shown}"
+    return Slices(values, geometry, patients, found, prompt)
+
+
+def read_prompts(files: Sequence[FoundFile]) -> tuple[Prompt | None, str]:
+    """Return what the files' tables say of each slice, by the columns tracer and region, or prompt, and that in words.
+
+    Raises:
+        ValueError: if a name is not in the vocabularies.
+    """
+    shown = prompts_of(files, Prompt.of(["open:open"]))
+    asked = Prompt.of([entry for file in files for entry in file.column("prompt") or ["open:open"] * len(file.slices)])
+    prompt = Prompt(*(torch.where(half > 0, half, other) for half, other in zip(shown, asked, strict=True)))
+    names = sorted(set(prompt.names()) - {"open:open"})
+    return (prompt, ", ".join(names)) if names else (None, "prompts unknown")
 
 
 def thinned(slices: Slices, most: int, seed: int) -> Slices:
@@ -91,8 +126,9 @@ def thinned(slices: Slices, most: int, seed: int) -> Slices:
     if n <= most:
         return slices
     chosen = torch.randperm(n, generator=keyed_generator(seed, "slices to compare"))[:most].sort().values
-    patients = None if slices.patients is None else slices.patients[chosen]
-    return replace(slices, sinogram=slices.sinogram[chosen], patients=patients, found=f"{slices.found}, {most} of them")
+    part = slices.labelled().take(chosen)
+    found = f"{slices.found}, {most} of them"
+    return replace(slices, sinogram=part.sinogram, patients=part.patients, prompt=part.prompt, found=found)
 
 
 def fitted(slices: Slices, geometry: ParallelBeam) -> Slices:
@@ -133,7 +169,16 @@ def run(words: Sequence[str] | None) -> Path:
     train = None
     if arguments.train is not None:
         train = fitted(read_slices(arguments.train, arguments.bin_mm), real.geometry)
-    found = [f"{name}: {one.found}." for name, one in (("Real", real), ("Fake", fake), ("Trained on", train)) if one]
+    found = [f"Real: {real.found}, {real.whose}.", f"Fake: {fake.found}."]
+    if train is not None:
+        found.append(f"Trained on: {train.found}, {train.whose}.")
+    if train is not None and train.patients is None:
+        found.append(
+            "Patients of the training slices are unknown: slices beside a copied one may be taken for those of another "
+            "patient and hide the copy, so more may be copied than copy_rate says."
+        )
+    if real.patients is None:
+        found.append("Real patients are unknown: halves may share them, and the floor is then too low.")
     print(*found, sep="\n")
     encoder = None
     if arguments.encoder is not None:
@@ -146,8 +191,15 @@ def run(words: Sequence[str] | None) -> Path:
         training=None if train is None else train.sinogram,
         training_patients=None if train is None else train.patients,
         encoder=encoder,
+        fake_prompts=fake.prompt,
+        real_prompts=real.prompt,
         seed=arguments.seed,
     )
+    known = None if train is None else train.labelled()
+    named, said = naming_numbers(real.labelled(), fake.labelled(), real.geometry, known, STEPS, arguments.seed)
+    evaluation = replace(evaluation, numbers=evaluation.numbers | named)
+    print(*evaluation.said, said, sep="\n")
+    found += [*evaluation.said, said]
     rows = evaluation.rows()
     report = write_report(
         "evaluate",

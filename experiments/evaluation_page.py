@@ -80,9 +80,9 @@ def write_page(
     parts += [
         "<h2>Numbers</h2>",
         "<p>The floor is what real slices score against real ones, in sets of the same size; sd are standard "
-        "deviations over random halves. <i>As real</i> means within two of the difference: one number in twenty "
-        "falls outside by chance. Small consistency numbers alone mean little, because any mixture of sinograms, "
-        "blurred or not, is consistent; read them with the spectra and the distances.</p>",
+        "deviations over random halves, of what classifiers name over patients. <i>As real</i> means within two of the "
+        "difference: one number in twenty falls outside by chance. Small consistency numbers alone mean little: any "
+        "mixture of sinograms, blurred or not, is consistent; read them with the spectra and the distances.</p>",
         number_table(evaluation),
         f'<p class="small">allpet {html.escape(versions().get("allpet", ""))}, '
         f"torch {html.escape(versions()['torch'])}, {html.escape(str(hardware()['processor']))}, seed {seed}.</p>",

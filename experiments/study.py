@@ -45,11 +45,13 @@ REMARKS = {
     "few_shot": "Simulated slices of the paper's seven prompts, 64 x 80; every row trains both stages anew for the "
     "same numbers of steps, and is compared with the expected sinograms of 350 slices of 70 patients that nothing was "
     "trained on. KID is the unbiased cubic-kernel distance, SW the sliced Wasserstein distance, both on random "
-    "convolution features; the floor is what one half of the held-out patients scores against the other. Consistency "
-    "alone flatters: the range layer sets the first 21 moments right by construction, and blurred sinograms are "
-    "consistent, too; read it with KID and power_min, power_max: the least and the largest power of the images over "
-    "that of held-out ones at any period down to 30 or 20 mm, geometric means of the whole sets (floor: of 500 "
-    f"training slices without noise). {PAPER}",
+    "convolution features; the floor is what one half of the held-out patients scores against the other, balanced by "
+    "prompt. Consistency alone flatters: the range layer sets the first 21 moments right by construction, and blurred "
+    "sinograms are consistent, too; read it with KID and power_min, power_max: the least and the largest power of the "
+    "images over that of held-out ones at any period down to 30 or 20 mm, geometric means of the whole sets (floor: of "
+    "500 training slices without noise). seam_jump: the step over the end of the half turn over that between views. "
+    "copy_control: which share of copies the copy test would find, were training slices given back as stage 1 decodes "
+    f"them; copy_rate is a lower bound by that. {PAPER}",
     "steps": f"One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by {GUIDANCE:g}.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
     "recipe.",

@@ -125,7 +125,8 @@ def measure_few_shot(point: Point) -> dict[str, float]:
     prompt = Prompt(real.prompt.tracer[rows], real.prompt.region[rows])
     first = 10_000 * options.seed
     fake = model.sample(prompt, range(first, first + len(rows)), progress=True).sinogram.float().cpu()
-    found = evaluate(real.expected, fake, data.geometry, patients=real.patient_id).numbers
+    asked = {"patients": real.patient_id, "fake_prompts": prompt, "real_prompts": real.prompt}
+    found = evaluate(real.expected, fake, data.geometry, **asked).numbers
     vae = newest_pretrained(point.folder / "vae").parent
     return {
         **found,

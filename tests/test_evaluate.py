@@ -16,11 +16,13 @@ from test_evaluation import GEOMETRY, discs
 from torch import Tensor
 
 from allpet import Autoencoder, AutoencoderSystem, ParallelBeam, Prompt, Radon, symmetry
-from allpet.evaluation import evaluate, verdict
+from allpet.evaluation import Evaluation, evaluate, verdict
 from allpet.evaluation.classifier import train_classifier
+from allpet.evaluation.naming import LEAST, Labelled, common_prompts, naming_numbers
 from allpet.evaluation.verdicts import FEW
 from allpet.io import Scan, write_scan
 from allpet.prompts import answers, matches
+from allpet.randomness import keyed_generator
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -81,6 +83,61 @@ def test_the_floor_is_by_patient_and_may_come_from_a_second_set() -> None:
     assert dim.numbers["activity_ratio_floor"] == pytest.approx(0.5, rel=0.1)
 
 
+def patients_of_two_prompts(n: int, *key: int | str) -> tuple[Tensor, Prompt, Tensor]:
+    """Two bright and narrow slices of each brain, two faint and wide ones of each pelvis; every third is a brain."""
+    x, y = GEOMETRY.pixel_centers
+    images, names = [], []
+    for i in range(n):
+        brain = i % 3 == 0
+        for j in range(2):
+            draw = torch.rand(5, generator=keyed_generator(*key, i, j)).tolist()
+            size, level = (45 + 12 * draw[0], 3.0) if brain else (85 + 20 * draw[0], 1.0)
+            body = (torch.hypot(x, y) < size).float() * level
+            spot = torch.hypot(x - size * (draw[1] - 0.5), y - size * (draw[2] - 0.5)) < 14
+            images.append(body + 2 * (0.5 + draw[3]) * spot)
+            names.append("FDG:brain" if brain else "PSMA:pelvis")
+    return Radon(GEOMETRY).project(torch.stack(images)[:, None]), Prompt.of(names), torch.arange(n).repeat_interleave(2)
+
+
+def test_a_set_of_two_prompts_has_a_floor_that_bad_samples_do_not_reach() -> None:
+    """Samples copy the set's prompts, so halves that have more brains by chance would excuse anything."""
+    real, prompt, patients = patients_of_two_prompts(36, "real")
+    fake, asked, _ = patients_of_two_prompts(36, "fake")
+    blurred = symmetry.blur(fake, GEOMETRY, 20.0)
+    # as a single step leaves samples: halfway to the mean of their prompt
+    means = torch.stack([fake[asked.region == k].mean(0) for k in (1, 5)])
+    vague = 0.5 * (fake + means[(asked.region == 5).long()])
+
+    def judged(samples: Tensor, known: bool = True) -> Evaluation:
+        prompts = {"real_prompts": prompt, "fake_prompts": asked} if known else {}
+        return evaluate(real, samples, GEOMETRY, patients=patients, **prompts)
+
+    itself, good, by_chance = judged(real), judged(fake), judged(fake, known=False)
+    assert abs(itself.numbers["kid_conv_floor"]) < 0.1 * by_chance.numbers["kid_conv_floor"]
+    assert itself.numbers["kid_conv_floor_std"] < 0.5 * by_chance.numbers["kid_conv_floor_std"]
+    assert len(faults(good.rows())) <= 3
+    names = {"kid_conv", "sw_conv", "spectrum_image_30mm", "precision_conv"}
+    for samples, least in ((blurred, {"kid_conv", "sw_conv"}), (vague, {"sw_conv", "spectrum_image_30mm"})):
+        worse = faults(judged(samples).rows()) & names
+        assert least <= worse
+        assert faults(judged(samples, known=False).rows()) & names < worse
+
+
+def test_samples_of_one_prompt_alone_are_not_as_real() -> None:
+    real, prompt, patients = patients_of_two_prompts(24, "real")
+    fake, asked, _ = patients_of_two_prompts(36, "fake")
+    rows = (asked.region == 5).nonzero()[:, 0]
+    one = evaluate(
+        real,
+        fake[rows],
+        GEOMETRY,
+        patients=patients,
+        real_prompts=prompt,
+        fake_prompts=Prompt(*(h[rows] for h in asked)),
+    )
+    assert {"kid_conv", "coverage_conv", "recall_conv"} <= faults(one.rows())
+
+
 def test_an_encoder_adds_its_distances_and_the_result_is_the_same_again() -> None:
     torch.manual_seed(0)
     encoder = Autoencoder((8, 16)).train()
@@ -100,6 +157,10 @@ def test_bad_sets_are_named() -> None:
         evaluate(real.squeeze(1), real, GEOMETRY)
     with pytest.raises(ValueError, match="3 patients are given for 12 real slices"):
         evaluate(real, real, GEOMETRY, patients=[1, 2, 3])
+    with pytest.raises(ValueError, match="2 prompts are given for 12 fake slices; give one for each"):
+        evaluate(real, real, GEOMETRY, fake_prompts=Prompt.of(["FDG:brain"] * 2))
+    with pytest.raises(ValueError, match="12 prompts are given for 24 real slices"):
+        evaluate(real, real, GEOMETRY, reference=real, real_prompts=Prompt.of(["FDG:brain"] * 12))
 
 
 def test_verdicts_say_which_way() -> None:
@@ -151,6 +212,48 @@ def test_a_classifier_names_tracer_and_region() -> None:
         train_classifier(sinogram, ["open:open"] * 48, GEOMETRY)
 
 
+def four_prompts(n: int, seed: str) -> Labelled:
+    sinogram, prompt = labelled(n, seed)
+    return Labelled(sinogram, Prompt(prompt.tracer, torch.where(prompt.region == 2, 4, prompt.region)))
+
+
+def test_what_classifiers_name_tells_useful_samples_and_obeyed_prompts() -> None:
+    real, training, fake = (four_prompts(n, name) for n, name in ((80, "r"), (48, "tr"), (48, "fak")))
+    numbers, said = naming_numbers(real, fake, GEOMETRY, training, steps=40)
+    assert "as many of TRAIN" in said
+    assert numbers["utility"] > 0.9
+    assert numbers["prompt_obeyed"] > 0.9
+    assert numbers["utility_floor"] == numbers["prompt_obeyed_floor"] > 0.9
+    # halves of the real patients do where nothing is known of the training
+    patients = torch.arange(80) // 4
+    halved, said = naming_numbers(real._replace(patients=patients), fake, GEOMETRY, training._replace(prompt=None), 40)
+    assert "as many of one half of REAL" in said
+    assert halved["utility"] > 0.8
+    # samples of another tracer than asked for
+    swapped = fake._replace(prompt=Prompt(torch.where(fake.prompt.tracer == 1, 3, 1), fake.prompt.region))
+    wrong, _ = naming_numbers(real, swapped, GEOMETRY, training, steps=40)
+    assert wrong["utility"] < 0.2
+    assert wrong["prompt_obeyed"] < 0.2
+    for name in ("utility", "prompt_obeyed"):
+        assert verdict(name, numbers[name], numbers[f"{name}_floor"], numbers[f"{name}_floor_std"]) == "as real"
+        assert "below real" in verdict(name, wrong[name], wrong[f"{name}_floor"], wrong[f"{name}_floor_std"])
+
+
+def test_what_classifiers_need_is_said() -> None:
+    prompt = Prompt.of(["FDG:brain"] * LEAST + ["PSMA:chest"] * LEAST)
+    assert common_prompts({"REAL": prompt, "FAKE": prompt}) == (["FDG:brain", "PSMA:chest"], "")
+    names, missing = common_prompts({"REAL": prompt, "FAKE": Prompt(*(half[:-1] for half in prompt))})
+    assert not names
+    assert f"FAKE has FDG:brain {LEAST}, PSMA:chest {LEAST - 1}" in missing
+    silent = Prompt.of(["open:open"] * 20)
+    for sets in ({"REAL": prompt, "FAKE": silent}, {"REAL": prompt, "FAKE": None}):
+        assert "FAKE does not tell tracer or region" in common_prompts(sets)[1]
+    real = Labelled(discs(16, "real"), prompt)
+    numbers, said = naming_numbers(real, Labelled(discs(16, "fake"), None), GEOMETRY)
+    assert not numbers
+    assert said.startswith("Utility and obeyed prompts are left out: FAKE does not tell")
+
+
 def test_trunk_and_open_are_answered_by_what_they_hold() -> None:
     shown = Prompt.of(["FDG:chest", "FDG:brain", "PSMA:pelvis", "PSMA:abdomen", "DOPA:brain"])
     asked = Prompt.of(["FDG:trunk", "FDG:trunk", "open:pelvis", "FDG:open", "open:open"])
@@ -183,6 +286,7 @@ def test_the_command_compares_two_folders(command: ModuleType, tmp_path: Path, c
     said = capsys.readouterr().out
     assert "resampled to the real set's 24 x 32 bins" in said
     assert "6 patients" in said
+    assert "Utility and obeyed prompts are left out: REAL does not tell tracer or region" in said
     text = page.read_text(encoding="utf-8")
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
     assert len(pictures) == 3
@@ -193,6 +297,59 @@ def test_the_command_compares_two_folders(command: ModuleType, tmp_path: Path, c
     assert {"kid_encoder", "copy_rate", "spectrum_image_40mm", "hl_residual", "energy_distance"} <= measured
     assert all(f"<td>{name}</td>" in text for name in measured)
     assert (tmp_path / "evaluate.md").is_file()
+
+
+def test_the_command_balances_by_prompts_and_trains_classifiers(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "STEPS", 40)
+    given = []
+    monkeypatch.setattr(command, "evaluate", lambda *a, **k: given.append(k) or evaluate(*a, **{**k, "repeats": 2}))
+    real, fake = four_prompts(96, "real"), four_prompts(48, "fakes")
+    assert real.prompt is not None
+    assert fake.prompt is not None
+    tracers, regions = zip(*(name.split(":") for name in real.prompt.names()), strict=True)
+    table = {"patient": [f"p{i // 4}" for i in range(96)], "tracer": tracers, "region": regions}
+    write_scan(tmp_path / "real.h5", Scan(real.sinogram[:, 0].numpy(), "sinogram", GEOMETRY, table=table))
+    table = {"prompt": fake.prompt.names()}
+    write_scan(tmp_path / "fake.h5", Scan(fake.sinogram[:, 0].numpy(), "sinogram", GEOMETRY, table=table))
+    words = ["--real", f"{tmp_path}/real.h5", "--fake", f"{tmp_path}/fake.h5", "--reports", str(tmp_path)]
+    page = command.main([*words, "--most", "88"]).read_text(encoding="utf-8")
+    assert given[0]["fake_prompts"].names() == fake.prompt.names()
+    assert len(given[0]["real_prompts"].tracer) == 88
+    assert "one on as many of one half of REAL" in page
+    assert "one on as many of one half of REAL" in capsys.readouterr().out
+    rows = {row["number"]: row for row in json.loads((tmp_path / "evaluate.json").read_text())["rows"]}
+    for name in ("utility", "prompt_obeyed"):
+        assert f"<td>{name}</td>" in page
+        assert rows[name]["fake"] > 0.8
+        assert rows[name]["floor"] > 0.8
+
+
+def test_one_patient_stays_one_patient(
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "write_page", lambda *a: None)
+    table = {"patient": ["p"] * 12}
+    write_scan(tmp_path / "one.h5", Scan(discs(12, "one")[:, 0].numpy(), "sinogram", GEOMETRY, table=table))
+    one = command.read_slices(tmp_path / "one.h5")
+    assert one.patients is not None
+    assert one.patients.tolist() == [0] * 12
+    assert one.prompt is None
+    words = ["--real", f"{tmp_path}/one.h5", "--fake", f"{tmp_path}/one.h5", "--reports", str(tmp_path)]
+    with pytest.raises(SystemExit, match="training slices are of one; add more"):
+        command.main([*words, "--train", f"{tmp_path}/one.h5"])
+    said = capsys.readouterr().out
+    assert "1 patient." in said
+    assert "prompts unknown" in said
+    (tmp_path / "many").mkdir()
+    for i, slice_ in enumerate(discs(12, "many")):
+        np.save(tmp_path / "many" / f"s{i}.npy", slice_[0].numpy())
+    words[1] = f"{tmp_path}/many"
+    command.main([*words, "--train", f"{tmp_path}/many", "--bin-mm", "8"])
+    said = capsys.readouterr().out
+    assert "Patients of the training slices are unknown" in said
+    assert "Real patients are unknown" in said
 
 
 def test_the_command_refuses_images_and_missing_folders(command: ModuleType, tmp_path: Path) -> None:

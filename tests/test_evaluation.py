@@ -10,8 +10,9 @@ from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
 from allpet import Autoencoder, ParallelBeam, Radon, fbp, symmetry
-from allpet.evaluation import copies, denoising_utility, distances, features, spectra
+from allpet.evaluation import copies, denoising_utility, distances, features, halves, spectra
 from allpet.metrics import radial_power_spectrum
+from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 
 GEOMETRY = ParallelBeam(n_views=24, n_bins=32, bin_mm=8.0, image_size=32, pixel_mm=8.0)
@@ -64,6 +65,21 @@ def test_kernel_distance_is_torchmetrics_for_equal_sizes_and_knows_its_error() -
     )
     assert found.std == pytest.approx(float(many.std()), rel=0.6)
     assert abs(found.value - many.mean()) < 3 * found.std
+
+
+def test_kernel_distances_of_chosen_numbers_of_each_kind_are_unbiased() -> None:
+    kind = torch.tensor([0] * 12 + [1] * 8)
+    far = 4.0 * torch.eye(8)[:2][kind]
+    for distance in (distances.polynomial_mmd, distances.gaussian_mmd):
+        sets = [(normal(20, 8, i, "a") + far, normal(20, 8, i, "b") + far) for i in range(60)]
+        found = torch.tensor([distance(*pair, (kind, kind)) for pair in sets])
+        plain = torch.tensor([distance(*pair) for pair in sets])
+        assert abs(found.mean()) < 3 * found.std() / 60**0.5
+        assert plain.mean() < -5 * plain.std() / 60**0.5, "as if they were drawn: too few pairs of a kind"
+        one = (torch.zeros(20), torch.zeros(20))
+        assert distance(*sets[0], one) == pytest.approx(float(plain[0]))
+        each = (torch.arange(20), torch.arange(20))
+        assert distance(*sets[0], each) == pytest.approx(float(plain[0])), "kinds of one sample tell nothing"
 
 
 def test_sliced_wasserstein_of_a_shift_is_the_shift() -> None:
@@ -268,3 +284,75 @@ def test_slices_are_useful_if_they_are_like_real_ones() -> None:
     assert unlike.synthetic > 1.2 * like.synthetic
     with pytest.raises(ValueError, match="at least one of each, the last two alike"):
         denoising_utility(training[:0], training, noisy, held_out)
+
+
+def tallies(kind: Tensor, rows: Tensor) -> list[int]:
+    return torch.bincount(kind[rows], minlength=int(kind.max()) + 1).tolist()
+
+
+def some_kinds(case: str) -> tuple[Tensor, Tensor]:
+    """Owners and kinds of slices: patients of one kind each, or of several, of equal and of different sizes."""
+    if case == "one kind each":  # 7, 6 and 11 patients of 5 slices, kind by kind
+        return torch.arange(24).repeat_interleave(5), torch.tensor([0] * 7 + [1] * 6 + [2] * 11).repeat_interleave(5)
+    sizes = torch.randint(4, 9, (15,), generator=keyed_generator("sizes"))
+    owner = torch.arange(15).repeat_interleave(sizes)
+    return owner, torch.randint(3, (len(owner),), generator=keyed_generator("kinds"))
+
+
+@pytest.mark.parametrize("case", ["one kind each", "several kinds each"])
+def test_halves_show_the_same_and_share_no_patient(case: str) -> None:
+    owner, kind = some_kinds(case)
+    assert torch.equal(halves.heeded(owner, kind), kind)
+    firsts = []
+    for draw in range(20):
+        first, second = halves.halves(owner, kind, keyed_generator(draw))
+        assert tallies(kind, first) == tallies(kind, second)
+        assert not set(owner[first].tolist()) & set(owner[second].tolist())
+        assert len(first) + len(second) > 0.75 * len(owner)
+        assert len(first.unique()) == len(first)
+        firsts.append(first)
+    assert len({tuple(sorted(set(owner[first].tolist()))) for first in firsts}) > 15, "halves are random"
+    often = torch.bincount(torch.cat([owner[first].unique() for first in firsts]), minlength=len(owner.unique()))
+    assert often.min() > 0
+    assert often.max() < 20
+
+
+def test_without_kinds_halves_have_all_slices() -> None:
+    owner = torch.arange(20).repeat_interleave(3)
+    first, second = halves.halves(owner, torch.zeros(60, dtype=torch.int64), keyed_generator(0))
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(60))
+    assert len(first) == len(second)
+
+
+def test_what_two_halves_cannot_share_is_left_out_and_said() -> None:
+    owner = torch.arange(9).repeat_interleave(4)
+    names = ["FDG:brain"] * 16 + ["FDG:chest"] * 16 + ["PSMA:pelvis"] * 4
+    prompt = Prompt.of(names)
+    kind = halves.kinds_of(prompt, 36)
+    for draw in range(5):
+        rows = torch.cat(halves.halves(owner, halves.heeded(owner, kind), keyed_generator(draw)))
+        assert {names[i] for i in rows.tolist()} == {"FDG:brain", "FDG:chest"}
+    (said,) = halves.remarks(owner, prompt, 36)
+    assert "alone shows PSMA:pelvis" in said
+    assert halves.remarks(owner[:32], Prompt(*(half[:32] for half in prompt)), 32) == []
+    # nine patients of nine kinds: nothing can be balanced
+    assert not halves.heeded(owner, owner).any()
+    tracers, regions = owner % 3 + 1, owner // 3 + 1
+    assert "Hardly any prompt" in halves.remarks(owner, Prompt(tracers, regions), 36)[0]
+    assert "are of 3 patient(s)" in halves.remarks(torch.arange(36) % 3, None, 36)[0]
+
+
+def test_parts_are_drawn_with_the_shares_that_are_wanted() -> None:
+    known = torch.tensor([0] * 40 + [1] * 40 + [2] * 20)
+    wanted = torch.tensor([0] * 10 + [1] * 40)  # a quarter of the first kind, all of the second, none of the third
+    kind = torch.tensor([0] * 80 + [1] * 20 + [2] * 10 + [3] * 40)
+    shares = torch.zeros(4)
+    for draw in range(50):
+        rows = halves.drawn_like(wanted, known, kind, 40, keyed_generator(draw))
+        assert len(rows.unique()) == len(rows) == 40
+        shares += torch.bincount(kind[rows], minlength=4) / 50
+    # chances .5, 2, 0 and 1, which is how often a kind is drawn that no known slice has
+    chances = torch.tensor([80 * 0.5, 20 * 2.0, 0, 40])
+    torch.testing.assert_close(shares, 40 * chances / chances.sum(), rtol=0, atol=0.5)
+    first = torch.cat([halves.drawn_like(known, known, known, 50, keyed_generator(i))[:10] for i in range(50)])
+    assert known[first].double().mean() == pytest.approx(float(known.double().mean()), abs=0.12), "in random order"

@@ -1,12 +1,20 @@
-"""Splits and few-shot subsets: nested, balanced, and never across patients."""
+"""Splits and few-shot subsets: nested, balanced, and never across patients; and which rows the study has of them."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 
+from allpet import Autoencoder
 from data_modules.few_shot import nested_subset, patient_order, split_blocks, split_patients
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from studies import few_shot
+from studies.training import HERE, Budget, Recipe
 
 # 40 patients of 1 to 7 slices in 3 groups of different sizes.
 PATIENTS = [f"p{i:02}" for i in range(40) for _ in range(1 + i % 7)]
@@ -81,3 +89,46 @@ def test_too_few_are_refused() -> None:
         split_patients(["only"] * 9)
     with pytest.raises(ValueError, match="lower the shares"):
         split_patients(PATIENTS, 0.6, 0.5)
+
+
+# ------------------------------------------------------------------------------------------------- rows of the study
+
+
+def test_whether_symmetries_in_stage_2_prevent_copies_is_asked_early_and_where_there_are_copies() -> None:
+    found = {key: recipe for key, _, recipe in few_shot.recipes([3, 4])}
+    first = list(found)[:12]
+    for n in (50, 100):
+        plain, told = (found[f"n{n}-{name}-seed3"] for name in ("both", "conditioned"))
+        assert (plain.conditioned, told.conditioned) == (False, True)
+        for name in ("nothing", "both", "conditioned"):
+            assert f"n{n}-{name}-seed3" in first
+    assert ("conditioned", "both") in few_shot.INGREDIENTS["Symmetries in stage 2, too"]
+
+
+def test_what_is_compared_are_settings_of_the_study() -> None:
+    settings = few_shot.AUGMENTATIONS | few_shot.VARIANTS
+    pairs = [pair for pairs in few_shot.INGREDIENTS.values() for pair in pairs]
+    assert {name for pair in pairs for name in pair} == set(settings)
+    assert all(has != without for has, without in pairs)
+
+
+def test_continued_layers_are_compared_with_bins_that_are_not_folded_either() -> None:
+    settings = few_shot.AUGMENTATIONS | few_shot.VARIANTS
+    continued = {name for name, changes in settings.items() if changes.get("padding", "zero") != "zero"}
+    assert continued == {"moebius", "symmetric"}
+    for pairs in few_shot.INGREDIENTS.values():
+        for names in pairs:
+            if continued & set(names):
+                plain, other = sorted((settings[name] for name in names), key=len)
+                assert plain == {key: value for key, value in other.items() if key != "padding"}
+    ours = yaml.safe_load((HERE / "scale" / "laptop.yaml").read_text())["scale"]["vae"]
+    folded = Autoencoder(ours["channels"], patch=ours["patch"], seam=ours["seam"])
+    for name in ("patch_1", *continued):
+        recipe = Recipe(500, 0, **settings[name])
+        words = recipe.words("vae", Budget(1, 1), Path("nowhere"), "none")
+        assert "--model.autoencoder.patch=1" in words
+        assert "--model.autoencoder.channels=[32, 64, 128]" in words
+        seam = 0 if name in continued else ours["seam"]
+        assert any("autoencoder.seam" in word for word in words) == (name in continued)
+        network = Autoencoder(recipe.channels, patch=1, padding=recipe.padding, seam=seam)
+        assert network.factor == folded.factor, "stage 2 is the same"

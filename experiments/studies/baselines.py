@@ -85,7 +85,9 @@ SHOWN = (
     "row_sum_cv",
     "centre_residual",
     "hl_residual",
+    "seam_jump",
     "copy_rate",
+    "copy_control",
     "prompt_obeyed",
     "utility_synthetic",
     "utility_real",
@@ -121,7 +123,7 @@ def _measure(
     fake, prompt = bench.generate(generator, seed)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
-    numbers = bench.judge_twice(fake, prompt, n, noisy=name in NOISY) | bench.use(fake, n)
+    numbers = bench.judge_twice(fake, prompt, n, name in NOISY, generator) | bench.use(fake, n)
     if name == "ours":
         numbers |= look_closer(bench, generator, fake, prompt, n, seed)
     return {
@@ -271,6 +273,7 @@ _LIMITS: dict[str, tuple[str, float]] = {
     "row_sum_cv": ("at most", 0.01),
     "centre_residual": ("at most", 0.0015),
     "hl_residual": ("at most", 0.012),
+    "seam_jump": ("at most", 1.5),
     "power_min_30mm": ("at least", 0.8),
     "power_max_30mm": ("at most", 1.2),
     "power_min_20mm": ("at least", 0.5),
@@ -278,7 +281,7 @@ _LIMITS: dict[str, tuple[str, float]] = {
     "copy_rate": ("at most", 0.02),
     "prompt_obeyed": ("at least", 0.95),
 }
-_CONSISTENCY = ("row_sum_cv", "centre_residual", "hl_residual")
+_CONSISTENCY = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
 
 
 Differences = dict[str, dict[str, dict[str, Difference]]]
@@ -358,8 +361,8 @@ def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
             parts.append(f"{method} is as consistent or more so in {lost}.")
     looks = ["raw", *get_args(Correction), *(f"{views}x{bins}" for views, bins in SIZES)]
     parts.append(
-        "Consistency (row sums, centres, Helgason-Ludwig) of the decoder's raw output, after corrections and at other "
-        "sizes: "
+        "Consistency (row sums, centres, Helgason-Ludwig, seam) of the decoder's raw output, after corrections and at "
+        "other sizes: "
         + "; ".join(f"{look} " + ", ".join(within(f"{name}_{look}", name) for name in _CONSISTENCY) for look in looks)
         + "."
     )

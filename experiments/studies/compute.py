@@ -63,4 +63,5 @@ def _measure(
         batch = batch._replace(symmetry=torch.zeros(4, model.denoiser.config["label_size"]))
     flops = budget.ldm * batch_size(recipe.scale, "ldm") * training_flops(model, batch)
     fake, prompt = bench.generate(model, recipe.seed)
-    return {"training_petaflop": flops / 1e15, **bench.judge(fake, prompt, recipe.n).numbers}
+    numbers = bench.judge(fake, prompt, recipe.n).numbers | bench.copy_control(model, recipe.n)
+    return {"training_petaflop": flops / 1e15, **numbers}

@@ -1,12 +1,16 @@
 """How many slices, and which ingredient? n slices x augmentation x seeds at equal compute.
 
 All rows train the same networks for the same number of steps; ``nothing`` has no masks and no symmetries, ``masks`` is
-RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both. At n = 500 single ingredients of
-``both`` are changed: one channel without masks instead of three, no range layer, symmetries in the training of stage
-2, too (``conditioned``), a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft
-masks, masks of the image instead of the sinogram, the three other forms of the constraint, and what the convolutions of
-stage 1 see beyond the half turn: zeros, or its flipped continuation in every layer, instead of a seam that is cropped
-in the end. (Those of stage 2 see zeros in all rows; only with a seam do its latents reach beyond the half turn.)
+RMAS with DMM, ``symmetries`` turns and mirrors slices for stage 1, ``both`` is both, and ``conditioned`` turns and
+mirrors those of stage 2, too. With 50 and 100 slices, of which stage 2 makes copies, it asks whether that prevents
+them. At n = 500 single ingredients of ``both`` are changed: one channel without masks instead of three, no range layer,
+``conditioned``, a linear start of stage 2, a fixed number of cells instead of DMM, binary instead of soft masks, masks
+of the image instead of the sinogram, the three other forms of the constraint, and what the convolutions of stage 1 see
+beyond the half turn: zeros, or its flipped continuation in every layer, instead of a seam that the ends fade into.
+Continued layers, with kernels of any form (``moebius``) or as many to the left as to the right (``symmetric``), need
+bins that are not folded into channels: they are compared with ``patch_1``, where one more level, of half the width,
+stands in for the folding; latents and time per step are the same. (Convolutions of stage 2 see zeros in all rows; only
+with a seam do its latents reach beyond the half turn.)
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ AUGMENTATIONS = {
     "symmetries": {"masks": False, "symmetries": True},
     "both": {"masks": True, "symmetries": True},
 }
+UNFOLDED: dict[str, Any] = {"patch": 1, "channels": (32, 64, 128)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "one_channel": {"masks": False, "stack_channels": 1},
     "no_range_layer": {"range_order": None},
@@ -44,7 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "projected": {"constraint": "projected"},
     "weighted": {"constraint": "weighted"},
     "no_seam": {"seam": False},
-    "moebius": {"padding": "moebius"},
+    "patch_1": UNFOLDED,
+    "moebius": {**UNFOLDED, "padding": "moebius"},
+    "symmetric": {**UNFOLDED, "padding": "symmetric"},
 }
 FIRST_VARIANTS = ("one_channel", "no_range_layer", "conditioned", "free", "fixed_count", "image_masks", "binary")
 SHOWN = (
@@ -58,7 +65,9 @@ SHOWN = (
     "row_sum_cv",
     "centre_residual",
     "hl_residual",
+    "seam_jump",
     "copy_rate",
+    "copy_control",
     "prompt_obeyed",
 )
 
@@ -76,7 +85,9 @@ def recipes(seeds: Sequence[int]) -> list[tuple[str, str, Recipe]]:
             add(500, name, AUGMENTATIONS[name], seed)
         for n in (2000, 50, 100):
             add(n, "nothing", AUGMENTATIONS["nothing"], seed)
-        add(100, "both", AUGMENTATIONS["both"], seed)
+        for n in (100, 50):
+            add(n, "both", AUGMENTATIONS["both"], seed)
+            add(n, "conditioned", VARIANTS["conditioned"], seed)
     for seed in seeds[1:]:
         for name in AUGMENTATIONS:
             add(500, name, AUGMENTATIONS[name], seed)
@@ -112,9 +123,10 @@ def rows(bench: Bench, budget: Budget, seeds: Sequence[int], sampling: Sampling)
 
 def _measure(bench: Bench, budget: Budget, recipe: Recipe, sampling: Sampling, folder: Path) -> dict[str, Any]:
     spent = train(recipe, budget, folder, bench.cache)
-    fake, prompt = bench.generate(load(folder, sampling), recipe.seed)
+    generator = load(folder, sampling)
+    fake, prompt = bench.generate(generator, recipe.seed)
     torch.save({"sinogram": fake.half(), "prompt": torch.stack(list(prompt))}, folder / "samples.pt")
-    return {**spent, **bench.judge_twice(fake, prompt, recipe.n)}
+    return {**spent, **bench.judge_twice(fake, prompt, recipe.n, generator=generator)}
 
 
 def summary(outcome: Outcome, real_power: dict[str, float]) -> list[dict[str, Any]]:
@@ -151,8 +163,10 @@ INGREDIENTS: dict[str, list[tuple[str, str]]] = {
     "The range layer": [("both", "no_range_layer")],
     "Symmetries in stage 2, too": [("conditioned", "both")],
     "The linear start": [("linear_start", "both")],
-    "A seam, cropped, instead of zeros beyond the half turn": [("both", "no_seam")],
-    "The seam instead of continued layers": [("both", "moebius")],
+    "A seam instead of zeros beyond the half turn": [("both", "no_seam")],
+    "Folding instead of one more level": [("both", "patch_1")],
+    "The seam instead of continued layers": [("patch_1", "moebius")],
+    "The seam instead of continued layers of symmetric kernels": [("patch_1", "symmetric")],
 }
 """What is asked of the rows: an ingredient, and the pairs of rows with and without it."""
 

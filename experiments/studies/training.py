@@ -19,17 +19,20 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from allpet import AutoencoderSystem, LatentDiffusion, Prompt, Radon, Sampling
+from allpet.batches import unmasked_stack
 from allpet.cli import main as allpet
 from allpet.evaluation.classifier import PromptClassifier, train_classifier
+from allpet.evaluation.copies import copy_rate, nearest_modulo_symmetry
 from allpet.evaluation.spectra import typical
 from allpet.evaluation.suite import Evaluation, evaluate
 from allpet.evaluation.utility import denoising_utility
 from allpet.metrics import radial_power_spectrum
+from allpet.models.autoencoder import Autoencoder
 from allpet.privacy import with_home
 from allpet.randomness import keyed_generator
 from allpet.reconstruction import fbp
 from allpet.runs import newest_pretrained
-from allpet.systems.sampling import Samples, add_counting_noise
+from allpet.systems.sampling import Samples, add_counting_noise, finish
 from data_modules import SimulatedPET, SinogramDataModule
 from data_modules.simulated import PAPER_PROMPTS
 
@@ -73,6 +76,8 @@ class Recipe:
         range_order: see ``Autoencoder``; None for a decoder without the range layer.
         padding: see ``Autoencoder``; all but "zero" do without a seam.
         seam: whether a stack of views beyond the half turn is encoded with it.
+        patch: see ``Autoencoder``; None: the scale's.
+        channels: of stage 1, see ``Autoencoder``; None: the scale's.
         prompts: what is simulated.
         scale: name of a file in experiments/scale, or the path of another, ending in .yaml.
     """
@@ -91,6 +96,8 @@ class Recipe:
     range_order: int | None = 20
     padding: str = "zero"
     seam: bool = True
+    patch: int | None = None
+    channels: tuple[int, ...] | None = None
     prompts: tuple[str, ...] = PAPER_PROMPTS
     scale: str = "laptop"
 
@@ -130,6 +137,10 @@ class Recipe:
             ]
             if self.padding != "zero" or not self.seam:
                 words += [f"--model.autoencoder.padding={self.padding}", "--model.autoencoder.seam=0"]
+            if self.patch is not None:
+                words.append(f"--model.autoencoder.patch={self.patch}")
+            if self.channels is not None:
+                words.append(f"--model.autoencoder.channels={list(self.channels)}")
             if not self.symmetries:
                 words.append("--data.symmetry=null")
         else:
@@ -312,7 +323,39 @@ class Bench:
         batch = test[list(range(len(test)))]
         return renoise(fake, batch.sinogram, batch.expected)
 
-    def judge_twice(self, fake: Tensor, prompt: Prompt, n: int, noisy: bool = False) -> dict[str, float]:
+    def copy_control(self, generator: Any, n: int) -> dict[str, float]:
+        """Return the share of perfect copies that the copy test finds, to read a copy rate by.
+
+        A stage 2 that has learned a training slice by heart draws its latent. So training slices as measured are
+        encoded and decoded by the generator's own stage 1 and finished as its samples are; what the decoder blurs is no
+        longer quite the slice, and a copy rate of c says that at least that share of the samples are copies, about
+        ``c / copy_control``.
+
+        Args:
+            generator: what samples; without an ``allpet.models`` autoencoder there is no number.
+            n: training slices.
+
+        Returns:
+            ``copy_control`` and ``copy_control_third``, by the rules of ``copy_rate`` and ``copy_rate_third``, or
+            nothing.
+        """
+        if not isinstance(getattr(generator, "autoencoder", None), Autoencoder):
+            return {}
+        geometry = self.held_out.geometry
+        test, train_set = self.held_out.test_set, self.data(n).train_set
+        held_out, slices = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
+        rows = torch.linspace(0, len(slices.sinogram) - 1, min(self.samples, len(slices.sinogram))).round().long()
+        copies = through_stage1(generator, slices.sinogram[rows])
+        found, theirs = (
+            nearest_modulo_symmetry(x, slices.expected, geometry, slices.patient_id)
+            for x in (copies, held_out.expected)
+        )
+        rate = copy_rate(found, theirs)
+        return {"copy_control": rate.calibrated, "copy_control_third": rate.third}
+
+    def judge_twice(
+        self, fake: Tensor, prompt: Prompt, n: int, noisy: bool = False, generator: Any = None
+    ) -> dict[str, float]:
         """Return the numbers of ``judge``, those of ``power`` and, as ``renoised_NAME``, those among noisy slices.
 
         Args:
@@ -320,12 +363,14 @@ class Bench:
             prompt: what was asked for.
             n: training slices, for the copy test.
             noisy: whether what is generated has its noise already; it is added otherwise.
+            generator: what generated them, for ``copy_control``; None leaves that out.
         """
         among = self.judge(fake if noisy else self.with_noise(fake), prompt, 0, noisy=True)
         kept = {name: value for name, value in among.numbers.items() if name.startswith(("kid", "sw", "spectrum"))}
         kept |= power(among)
         expected = self.judge(fake, prompt, n)
-        return expected.numbers | power(expected) | {f"renoised_{name}": value for name, value in kept.items()}
+        numbers = expected.numbers | (self.copy_control(generator, n) if n else {}) | power(expected)
+        return numbers | {f"renoised_{name}": value for name, value in kept.items()}
 
     def use(self, fake: Tensor, n: int) -> dict[str, float]:
         """Train a small denoiser on generated slices and use it on held-out ones, beside one that saw n real slices."""
@@ -333,6 +378,26 @@ class Bench:
         held_out, known = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
         found = denoising_utility(fake, known.expected, held_out.sinogram, held_out.expected)
         return {f"utility_{name}": value for name, value in found._asdict().items()}
+
+
+@torch.no_grad()
+def through_stage1(generator: Any, sinogram: Tensor) -> Tensor:
+    """Return slices as a generator with an autoencoder would draw them if it knew their latents.
+
+    Args:
+        generator: has ``autoencoder``, ``geometry`` and, if it restores power, ``sampling``.
+        sinogram: as measured, ``(n, 1, views, bins)``.
+    """
+    autoencoder, sampling = generator.autoencoder, getattr(generator, "sampling", None)
+    pieces = []
+    for part in sinogram.split(64):
+        stack = autoencoder.scaling(unmasked_stack(part.to(autoencoder.latent_mean.device)))
+        full = autoencoder.decode(autoencoder.encode_mean(stack), tuple(part.shape[-2:])).full
+        pieces.append(autoencoder.scaling.inverse(full).float().cpu())
+    decoded = torch.cat(pieces)
+    if sampling is None:
+        return decoded
+    return finish(decoded, generator.geometry, sampling, autoencoder.power_gain.cpu(), range(len(decoded)))
 
 
 def power(found: Evaluation) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 ``suite.evaluate`` puts together what the other modules measure one by one: ``features`` and ``distances`` between
 distributions, ``spectra`` and histograms, ``copies`` of training slices up to symmetries, and a ``classifier`` that
-tells whether prompts are obeyed. ``utility.denoising_utility`` trains a small denoiser on samples and uses it on real
-slices.
+tells whether prompts are obeyed; ``halves`` are the sets of the floor. ``naming.naming_numbers`` trains classifiers on
+samples and on real slices; ``utility.denoising_utility`` does so with small denoisers.
 """
 
 from allpet.evaluation.suite import Evaluation, evaluate

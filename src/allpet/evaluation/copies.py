@@ -93,7 +93,10 @@ def nearest_modulo_symmetry(
     if len(owner) != len(training):
         raise ValueError(f"{len(owner)} patients are given for {len(training)} training slices; give one for each.")
     if len(owner.unique()) < 2:
-        raise ValueError("The copy test compares with a second patient, but the training slices are of one; add more.")
+        raise ValueError(
+            "The copy test compares with a second patient, but the training slices are of one; add more, or name their "
+            "patients if they are of several (subfolders or a column patient)."
+        )
     x, y = (_centred(s, geometry) if centre else _checked(s, geometry) for s in (samples, training))
     fit = _best_fit(x, y)
     index = fit.cosine.argmax(1)

@@ -20,6 +20,9 @@ from torch.nn import functional
 
 from allpet.randomness import keyed_generator
 
+Kinds = tuple[Tensor, Tensor] | None
+"""Kind of each sample of two sets; None where all are of one."""
+
 
 class Estimate(NamedTuple):
     """A number and how well it is known.
@@ -75,19 +78,29 @@ def kernel_distance(real: Tensor, fake: Tensor, repeats: int = 100, seed: int = 
     return Estimate(value, std, value - 1.96 * std, value + 1.96 * std)
 
 
-def polynomial_mmd(real: Tensor, fake: Tensor) -> float:
-    """Return the value of ``kernel_distance`` alone."""
-    n = _check(real, fake, 2)
-    return float(_unbiased(_cubic(torch.cat([real, fake]).double()), torch.ones(1, n), torch.ones(1, len(fake)))[0])
+def polynomial_mmd(real: Tensor, fake: Tensor, kinds: Kinds = None) -> float:
+    """Return the value of ``kernel_distance`` alone.
+
+    Args:
+        real: features, ``(n, d)``, n >= 2, standardised.
+        fake: ``(m, d)``, m >= 2.
+        kinds: of both sets' samples, ``(n,)`` and ``(m,)``, where their numbers of each kind were chosen and not drawn.
+            Pairs of one kind are then rarer than in random sets, which would count as distance below zero.
+    """
+    _check(real, fake, 2)
+    return _squared_mmd(_cubic(torch.cat([real, fake]).double()), len(real), kinds)
 
 
-def gaussian_mmd(real: Tensor, fake: Tensor) -> float:
-    """Return the unbiased squared MMD with a Gaussian kernel as wide as the median distance of two real samples."""
+def gaussian_mmd(real: Tensor, fake: Tensor, kinds: Kinds = None) -> float:
+    """Return the unbiased squared MMD with a Gaussian kernel as wide as the median distance of two real samples.
+
+    Arguments as of ``polynomial_mmd``.
+    """
     n = _check(real, fake, 2)
     both = torch.cat([real, fake]).double()
     width = functional.pdist(both[:n]).median().clamp_min(1e-12)
     kernel = torch.exp(-torch.cdist(both, both).square() / (2 * width**2))
-    return float(_unbiased(kernel, torch.ones(1, n), torch.ones(1, len(fake)))[0])
+    return _squared_mmd(kernel, n, kinds)
 
 
 def sliced_wasserstein(real: Tensor, fake: Tensor, projections: int = 256, seed: int = 0) -> float:
@@ -168,6 +181,27 @@ def _unbiased(kernel: Tensor, first: Tensor, second: Tensor) -> Tensor:
     within = total(a, off_diagonal[:n, :n], a) / (n_a * (n_a - 1))
     within = within + total(b, off_diagonal[n:, n:], b) / (n_b * (n_b - 1))
     return within - 2 * total(a, kernel[:n, n:], b) / (n_a * n_b)
+
+
+def _squared_mmd(kernel: Tensor, n: int, kinds: Kinds) -> float:
+    """As ``_unbiased`` of all samples, the first n of which are one set; pairs of a kind count as in random sets."""
+    blocks = [kernel[:n, :n], kernel[n:, n:]]
+    if kinds is None:
+        kinds = (torch.zeros(n), torch.zeros(len(kernel) - n))
+    within = sum(float((_pair_weights(kind) * block).sum()) for kind, block in zip(kinds, blocks, strict=True))
+    return within - 2 * float(kernel[:n, n:].mean())
+
+
+def _pair_weights(kind: Tensor) -> Tensor:
+    """Weight of each pair of two samples, ``(n, n)``, of sum 1: a pair of kinds as much as the shares of both."""
+    _, what, count = kind.unique(return_inverse=True, return_counts=True)
+    single = count[what] == 1  # has no partner of its kind; such samples make a kind together
+    group = torch.where(single, -1, what)
+    same = (group[:, None] == group).double()
+    size = same.sum(1)
+    weight = torch.where(same > 0, (size / (size - 1).clamp_min(1))[:, None], torch.ones_like(same))
+    weight.fill_diagonal_(0)
+    return weight / weight.sum()
 
 
 def _halves(n: int, repeats: int, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,11 @@
 """All numbers of the evaluation at once, each beside its floor: what real slices score against real ones.
 
 Most distances between two finite sets are not zero even where both come from one distribution, and depend on the sizes
-of the sets. So both sets are halved at random, the real one by patient where patients are known; the *value* compares a
-real half with a fake half, the *floor* with as many slices of the other real half. Both are means over several splits,
-and their standard deviations over splits are about the standard errors of the whole sets (delete-half jackknife). Were
-the samples real, value and floor would differ by sqrt(2) of the floor's; within twice that a value cannot be told from
-real, and by chance one in twenty is beyond.
+of the sets. So both sets are halved at random, the real one by patient where patients are known and evenly by what
+slices show where prompts are (``halves``); the *value* compares a real half with a fake half, the *floor* with as many
+slices of the other real half. Both are means over several splits, and their standard deviations over splits are about
+the standard errors of the whole sets (delete-half jackknife). Were the samples real, value and floor would differ by
+sqrt(2) of the floor's; within twice that a value cannot be told from real, and by chance one in twenty is beyond.
 
 Where a second real set is given as *reference*, its slices stand in for the other half. Noisy slices are to be compared
 with noisy samples and expected ones with expected ones.
@@ -27,6 +27,7 @@ from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.copies import Nearest, copy_rate, nearest_modulo_symmetry
 from allpet.evaluation.distances import gaussian_mmd, polynomial_mmd, prdc, sliced_wasserstein
 from allpet.evaluation.features import EncoderFeatures, Features, RandomConvolutions, standardise
+from allpet.evaluation.halves import drawn_like, halves, heeded, kinds_of, owners_of, remarks
 from allpet.evaluation.spectra import (
     activity_histogram,
     angular_spectrum,
@@ -76,6 +77,7 @@ class Evaluation:
         activity: total activity of every real and every fake slice, to draw.
         levels: mean histogram of image values of both, and the upper end of its levels.
         nearest: training slices nearest to each fake sample; None without training slices.
+        said: what the floor cannot tell, in sentences.
     """
 
     numbers: dict[str, float]
@@ -83,6 +85,7 @@ class Evaluation:
     activity: tuple[Tensor, Tensor]
     levels: tuple[Tensor, Tensor, float]
     nearest: Nearest | None
+    said: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Return the names of what was measured, in order."""
@@ -126,14 +129,16 @@ def evaluate(
         training: slices that were trained on, for the copy test; None leaves it out.
         training_patients: number of each training slice's patient.
         encoder: frozen autoencoder for the encoder's features; None leaves them out.
-        classifier: names tracer and region (``train_classifier``); None leaves prompts out.
-        fake_prompts: what the samples were asked for; needed with a classifier.
-        real_prompts: what the real slices (and the reference, appended) show; needed with a classifier.
+        classifier: names tracer and region (``train_classifier``); None leaves out whether prompts are obeyed.
+        fake_prompts: what the samples were asked for; needed with a classifier, see ``real_prompts``.
+        real_prompts: what the real slices (and the reference, appended) show; needed with a classifier. Without them
+            halves that differ in what they show make the floor high.
         repeats: random splits.
         seed: keys splits, directions and kernels.
 
     Raises:
-        ValueError: if a set is too small, or a classifier comes without prompts.
+        ValueError: if a set is too small, there is not one prompt or patient for each slice, or a classifier comes
+            without prompts.
     """
     others = [] if reference is None else [reference]
     for name, given, least in (("real", real, 12), ("fake", fake, 12), *(("reference", x, 12) for x in others)):
@@ -147,12 +152,9 @@ def evaluate(
                 f"There are {len(given)} {name} sinograms, but at least {least} are compared; a hundred tell much more."
             )
     sets = [real, fake, *others]
-    asked: list[Prompt | None] = [None] * len(sets)
-    if classifier is not None:
-        if fake_prompts is None or real_prompts is None:
-            raise ValueError("A classifier judges prompts, but they are not given; pass fake_prompts and real_prompts.")
-        shown = [Prompt(*(half[a:b] for half in real_prompts)) for a, b in ((0, len(real)), (len(real), None))]
-        asked = list([shown[0], fake_prompts, *shown[1:]][: len(sets)])
+    asked, owner = _prompts_of(sets, fake_prompts, real_prompts), owners_of(patients, len(real))
+    if classifier is not None and (fake_prompts is None or real_prompts is None):
+        raise ValueError("A classifier judges prompts, but they are not given; pass fake_prompts and real_prompts.")
     radon = Radon(geometry)
     extractors: dict[str, Features] = {"conv": RandomConvolutions.of(real, seed)}
     if encoder is not None:
@@ -170,17 +172,26 @@ def evaluate(
         for one, x, prompt in zip(prepared, sets, asked, strict=True):
             assert prompt is not None
             one.values["obeyed"] = classifier.obeyed(x, prompt)
+    kinds = [kinds_of(prompt, len(x)) for prompt, x in zip(asked, sets, strict=True)]
+    if not heeded(owner, kinds[0]).any():
+        kinds = [torch.zeros_like(kind) for kind in kinds]
+    for one, kind in zip(prepared, kinds, strict=True):
+        one.values["kind"] = kind
     scale = float(real.square().mean().sqrt())
     values: list[dict[str, float]] = []
     floors: list[dict[str, float]] = []
     for repeat in range(repeats):
         generator = keyed_generator(seed, repeat, "real halves")
-        half, other = _halves(patients, len(real), generator)
-        if reference is not None:
-            other = torch.randperm(len(reference), generator=generator)[: len(reference) // 2]
-        order = torch.randperm(len(fake), generator=generator)[: min(len(fake) // 2, len(other))]
-        against, samples = prepared[0].take(half), prepared[1].take(order)
-        floor = prepared[-1 if reference is not None else 0].take(other[: len(order)])
+        half, other = halves(owner, kinds[0], generator)
+        against, shown = prepared[0].take(half), kinds[0][half]
+        most = len(other) if reference is None else len(reference) // 2
+        order = drawn_like(shown, kinds[0], kinds[1], min(len(fake) // 2, most), generator)
+        if reference is None:
+            second = other[drawn_like(shown, kinds[0][other], kinds[0][other], len(order), generator)]
+        else:
+            second = drawn_like(shown, kinds[0], kinds[2], len(order), generator)
+        size = min(len(order), len(second))
+        samples, floor = prepared[1].take(order[:size]), prepared[0 if reference is None else 2].take(second[:size])
         for found, one in ((values, samples), (floors, floor)):
             found.append(_measure(against, one, geometry, scale, peak, seed))
     numbers: dict[str, float] = {}
@@ -197,7 +208,20 @@ def evaluate(
         (a["activity"], b["activity"]),
         (a["levels"].mean(0), b["levels"].mean(0), peak),
         near[1],
+        tuple(remarks(patients, asked[0], len(real))),
     )
+
+
+def _prompts_of(sets: Sequence[Tensor], fake: Prompt | None, real: Prompt | None) -> list[Prompt | None]:
+    """Return the prompts of the real set, the samples and, if there is one, the reference; None where unknown."""
+    n = sum(len(x) for i, x in enumerate(sets) if i != 1)
+    for name, given, wanted in (("fake", fake, len(sets[1])), ("real", real, n)):
+        if given is not None and len(given.tracer) != wanted:
+            raise ValueError(f"{len(given.tracer)} prompts are given for {wanted} {name} slices; give one for each.")
+    parts: list[Prompt | None] = [None] * 2
+    if real is not None:
+        parts = [Prompt(*(half[a:b] for half in real)) for a, b in ((0, len(sets[0])), (len(sets[0]), n))]
+    return [parts[0], fake, parts[1]][: len(sets)]
 
 
 @dataclass(frozen=True)
@@ -233,22 +257,6 @@ class _Prepared:
         return _Prepared({name: value[index] for name, value in self.values.items()}, self.frequencies, nearest)
 
 
-def _halves(patients: Sequence[int] | Tensor | None, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Split n slices into random halves; no patient is in both, as far as two patients allow it."""
-    owner = torch.arange(n) if patients is None else torch.as_tensor(patients)
-    if len(owner) != n:
-        raise ValueError(f"{len(owner)} patients are given for {n} real slices; give one for each.")
-    names = owner.unique()
-    if len(names) < 4:
-        owner, names = torch.arange(n), torch.arange(n)
-    order = names[torch.randperm(len(names), generator=generator)]
-    counts = torch.stack([(owner == name).sum() for name in order]).cumsum(0)
-    # The number of patients whose slices come nearest to one half.
-    first = order[: int((counts - n / 2).abs().argmin()) + 1]
-    inside = torch.isin(owner, first)
-    return inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
-
-
 def _measure(
     real: _Prepared, other: _Prepared, geometry: ParallelBeam, scale: float, peak: float, seed: int
 ) -> dict[str, float]:
@@ -259,8 +267,8 @@ def _measure(
         if f"features_{name}" in a:
             # By the real half alone: statistics of both halves would know one side of the floor already.
             x, y = standardise(a[f"features_{name}"], b[f"features_{name}"])
-            found[f"kid_{name}"] = polynomial_mmd(x, y)
-            found[f"mmd_{name}"] = gaussian_mmd(x, y)
+            found[f"kid_{name}"] = polynomial_mmd(x, y, (a["kind"], b["kind"]))
+            found[f"mmd_{name}"] = gaussian_mmd(x, y, (a["kind"], b["kind"]))
             found[f"sw_{name}"] = sliced_wasserstein(x, y, seed=seed)
             overlap = prdc(x, y, min(NEIGHBOURS, len(x) - 1, len(y) - 1))
             found |= {f"{part}_{name}": value for part, value in overlap._asdict().items()}

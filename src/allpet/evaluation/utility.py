@@ -3,7 +3,8 @@
 Sinograms with counting noise are to be turned into the expected ones they were drawn from. The same network with the
 same number of steps learns from generated slices, from as many real ones, and from both; what they reach on held-out
 real slices, whose noise is that of their own acquisition, is compared with each other and with doing nothing. Generated
-slices that are blurred or unlike patients teach the wrong thing.
+slices that are blurred or unlike patients teach the wrong thing. Both expected and noisy slices must be known, as the
+simulator knows them, so the studies measure this and ``make evaluate`` does not (it has ``naming``).
 """
 
 from __future__ import annotations

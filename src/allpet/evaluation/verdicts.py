@@ -30,6 +30,7 @@ MEANING = {
     "nearest_training": ("same", "median distance to the nearest training slice, modulo symmetries"),
     "copy_threshold": ("", "d1/d2 below which a sample is called a copy"),
     "prompt_obeyed": ("high", "share that shows what was asked for"),
+    "utility": ("high", "share of real slices that a classifier trained on samples names"),
 }
 """By the beginning of a name: whether low, high, 1 or the same as of real slices is good, and what it is."""
 
