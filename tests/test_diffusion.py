@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from allpet.diffusion.samplers import SAMPLERS, draw_noise, draw_samples, sample_ddim, sample_ddpm
-from allpet.diffusion.schedule import Diffusion
+from allpet.diffusion.schedule import LARGEST_RISE, Diffusion
 from allpet.randomness import keyed_generator
 
 MEAN, STD = 0.7, 0.4
@@ -18,12 +18,12 @@ def generators(n: int, key: str = "test") -> list[torch.Generator]:
     return [keyed_generator(key, index) for index in range(n)]
 
 
-def exact_denoiser(diffusion: Diffusion):
-    """The best prediction possible for x_0 ~ N(MEAN, STD^2), from the formula of the Gaussian posterior."""
+def exact_denoiser(diffusion: Diffusion, mean: float = MEAN, std: float = STD):
+    """The best prediction possible for x_0 ~ N(mean, std^2), from the formula of the Gaussian posterior."""
 
     def denoise(latent, time):
         alpha, sigma = (values.float().view(-1, 1, 1, 1) for values in diffusion.coefficients(time))
-        clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (latent - alpha * MEAN)
+        clean = mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (latent - alpha * mean)
         noise = (latent - alpha * clean) / sigma
         return {"epsilon": noise, "flow": noise - clean, "v_prediction": alpha * noise - sigma * clean}[
             diffusion.prediction
@@ -161,10 +161,12 @@ def test_ddim_with_fresh_noise_keeps_the_moments():
     assert abs(samples.std() / STD - 1) < 0.03
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize(
+    ("prediction", "schedule"), [("v_prediction", "squaredcos_cap_v2"), ("epsilon", "linear")], ids=lambda value: value
+)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_each_step_is_that_of_the_diffusers_library(prediction, eta):
-    diffusion = Diffusion(prediction=prediction)
+def test_each_step_is_that_of_the_diffusers_library(prediction, schedule, eta):
+    diffusion = Diffusion(prediction=prediction, schedule=schedule)
     seen = []
 
     def denoise(latent, time):
@@ -216,6 +218,66 @@ def test_every_sampler_draws_the_mean_and_spread_of_the_data(prediction, sampler
     samples = draw_samples(sampler, exact_denoiser(diffusion), (1, 8, 8), generators(256), diffusion, steps)
     assert abs(samples.mean() - MEAN) < 0.01
     assert abs(samples.std() / STD - 1) < 0.03
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("error", ["random", 0.02, -0.02])
+def test_an_error_of_the_prediction_of_two_percent_spoils_no_sample(prediction, sampler, error):
+    """Neither one that differs from call to call nor one that is always the same."""
+    diffusion, generator = Diffusion(prediction=prediction), torch.Generator().manual_seed(0)
+    exact = exact_denoiser(diffusion, 0.0, 1.0)
+
+    def denoise(latent, time):
+        found = exact(latent, time)
+        return found + 0.02 * (
+            torch.randn(found.shape, generator=generator) if error == "random" else error * 50 * found
+        )
+
+    for steps in (10, 40) if sampler != "ddpm" else (100,):
+        samples = draw_samples(sampler, denoise, (1, 8, 8), generators(16), diffusion, steps)
+        assert abs(samples.std() - 1) < 0.2, steps
+        assert abs(samples.mean()) < 0.1
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 20), ("dpm++2m", 5), ("dpm++2m", 20), ("unipc", 20)])
+def test_predicting_noise_costs_little_of_the_distribution(sampler, steps):
+    """Where it begins the mean is not 0, as is assumed."""
+    drawn = {}
+    for prediction in ("v_prediction", "epsilon"):
+        diffusion = Diffusion(prediction=prediction)
+        drawn[prediction] = draw_samples(
+            sampler, exact_denoiser(diffusion), (1, 8, 8), generators(16), diffusion, steps
+        )
+    assert abs(drawn["epsilon"].mean() - drawn["v_prediction"].mean()) < 0.2 / steps * STD + 0.02 * STD
+    assert drawn["epsilon"].std() / drawn["v_prediction"].std() == pytest.approx(1, abs=0.05)
+
+
+def test_sampling_by_noise_begins_where_there_is_signal_and_other_sampling_at_the_end():
+    for steps in (1, 2, 5, 20, 100, 998, 999):
+        first, *others = Diffusion(prediction="epsilon").sampling_times(steps)
+        alpha = Diffusion().alpha_sigma[0]
+        after = alpha[others[0]] if others else torch.ones(1)
+        assert after / alpha[first] <= LARGEST_RISE
+        from_the_end = Diffusion().sampling_times(steps).tolist()
+        assert from_the_end == [round(1000 * (1 - step / steps)) - 1 for step in range(steps)]
+        assert first < from_the_end[0] == 999
+        if steps > 1:  # and it begins no earlier than it must
+            later = [round((float(first) + 2) * (1 - step / steps)) - 1 for step in range(2)]
+            assert alpha[later[1]] / alpha[later[0]] > LARGEST_RISE
+        flow = Diffusion(prediction="flow").sampling_times(steps)
+        assert flow.tolist() == torch.tensor([1000 * (1 - step / steps) for step in range(steps)]).tolist()
+    # these schedules keep some signal to their ends
+    for schedule in ("linear", "scaled_linear"):
+        assert Diffusion(schedule=schedule, prediction="epsilon").sampling_times(20)[0] == 999
+
+
+def test_all_times_are_for_samplers_with_fresh_noise_where_noise_is_predicted():
+    diffusion = Diffusion(prediction="epsilon")
+    assert diffusion.sampling_times(1000).tolist() == list(range(999, -1, -1))
+    for sampler in ("ddim", "dpm++2m", "unipc"):
+        with pytest.raises(ValueError, match="take fewer steps or that sampler"):
+            draw_samples(sampler, exact_denoiser(diffusion), (1, 2, 2), generators(1), diffusion, 1000)
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction", "flow"])
@@ -271,7 +333,8 @@ def test_every_number_of_steps_has_as_many_falling_times(prediction):
         times = diffusion.sampling_times(steps)
         assert len(times) == steps
         assert (times.diff() < 0).all()
-        assert float(diffusion.coefficients(times[:1])[0]) < 1e-4
+        if prediction != "epsilon":
+            assert float(diffusion.coefficients(times[:1])[0]) < 1e-4
         assert times[-1] > 0 or (steps >= 999 and times[-1] == 0)
     for sampler in ("dpm++2m", "unipc"):
         calls = []
@@ -307,3 +370,9 @@ def test_the_callback_sees_every_step_and_ends_at_the_sample():
 def test_sampling_refuses_an_impossible_number_of_steps():
     with pytest.raises(ValueError, match=r"steps is 0, but must lie in 1\.\.1000"):
         sample_ddim(exact_denoiser(Diffusion()), (1, 2, 2), generators(1), Diffusion(), steps=0)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5, math.nan])
+def test_sampling_refuses_an_impossible_share_of_fresh_noise(eta):
+    with pytest.raises(ValueError, match=f"eta is {eta}, but must lie between 0"):
+        sample_ddim(exact_denoiser(Diffusion()), (1, 2, 2), generators(1), Diffusion(), steps=2, eta=eta)

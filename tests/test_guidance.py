@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from allpet import Autoencoder, Denoiser, LatentDiffusion, ParallelBeam, Sampling
 from allpet.diffusion.guidance import drop_prompt, guide
 from allpet.diffusion.samplers import draw_samples
 from allpet.diffusion.schedule import Diffusion
@@ -108,3 +109,36 @@ def test_prompts_are_left_open_as_often_as_asked():
     for case in (no_tracer & ~no_region, no_region & ~no_tracer, no_tracer & no_region):
         assert abs(case.double().mean() - share) < 0.005
     assert (drop_prompt(prompt, 0.0, torch.zeros(n)).tracer == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"guidance": float("nan")}, "guidance is nan, but must be a finite number"),
+        ({"guidance": float("inf")}, "guidance is inf, but must be"),
+        ({"region_guidance": float("nan")}, "region_guidance is nan, but must be"),
+        ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval is"),
+        ({"eta": 1.5}, "eta is 1.5, but must lie between 0"),
+        ({"eta": -0.1}, "eta is -0.1, but must lie between 0"),
+        ({"eta": float("nan")}, "eta is nan, but must lie between 0"),
+        ({"counts": float("inf")}, "counts is inf, but must be positive and finite"),
+        ({"counts": float("nan")}, "counts is nan, but must be positive and finite"),
+    ],
+)
+def test_numbers_that_no_sample_can_be_drawn_with_are_refused(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        Sampling(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_every_weight_and_share_in_its_range_is_taken():
+    for given in ({"guidance": -1.0}, {"guidance": 0.0}, {"region_guidance": 3.0}, {"eta": 0.0}, {"eta": 1.0}):
+        Sampling(**given)
+
+
+def test_no_prompts_are_refused():
+    denoiser = Denoiser(channels=(8,), layers_per_block=1, attention=(False,), head_channels=8)
+    system = LatentDiffusion(Autoencoder((8, 16)), denoiser)
+    system.geometry = ParallelBeam(16, 16, 20.0, 16, 20.0)
+    with pytest.raises(ValueError, match="There are no prompts: give at least one, and a seed for each"):
+        system.sample(Prompt.of([]), [])

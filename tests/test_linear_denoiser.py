@@ -5,6 +5,8 @@ import torch
 
 from allpet import Diffusion, Prompt
 from allpet.diffusion.linear_denoiser import LinearDenoiser
+from allpet.diffusion.samplers import SAMPLERS, draw_samples
+from allpet.randomness import keyed_generator
 
 SHAPE = (2, 3, 4)
 
@@ -41,6 +43,26 @@ def test_it_is_the_conditional_mean_of_gaussian_latents(gaussian, prediction):
     wrong = (found - diffusion.target(latents, noise, time)).square().mean().sqrt()
     factor = float(diffusion.error_factor(time)[0])
     assert float(wrong) == pytest.approx(factor * float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "flow"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_of_an_imperfect_start_have_the_moments_of_the_latents(gaussian, prediction, sampler):
+    """What a network adds to the linear estimate is in units of what that leaves open, so is its error: 5 % here."""
+    fitted, _, covariance = gaussian
+    diffusion, generator = Diffusion(prediction=prediction), torch.Generator().manual_seed(2)
+    prompt = Prompt.of(["FDG:brain"] * 400)
+
+    def denoise(noisy, time):
+        alpha, sigma = diffusion.coefficients(time)
+        size = (fitted.error(alpha, sigma) * diffusion.error_factor(time).float()).view(-1, 1, 1, 1)
+        estimate = fitted(noisy, alpha, sigma, prompt)
+        return diffusion.from_clean(noisy, estimate, time) + 0.05 * size * torch.randn(noisy.shape, generator=generator)
+
+    owned = [keyed_generator("linear", i) for i in range(400)]
+    samples = draw_samples(sampler, denoise, SHAPE, owned, diffusion, 100 if sampler == "ddpm" else 40)
+    assert abs(samples.mean() - 0.5) < 0.05
+    assert float(samples.var(0).sum()) == pytest.approx(float(covariance.trace()), rel=0.15)
 
 
 def test_the_limits_are_the_mean_and_the_latent_itself(gaussian):

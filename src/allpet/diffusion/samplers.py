@@ -36,6 +36,12 @@ def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator], devi
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]).to(device)
 
 
+def check_eta(eta: float) -> None:
+    """Refuse shares of fresh noise beyond [0, 1], which would need steps of negative variance."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, but must lie between 0 (no fresh noise) and 1 (as much as DDPM).")
+
+
 @torch.no_grad()
 def sample_ddim(
     denoise: Denoise,
@@ -50,7 +56,8 @@ def sample_ddim(
 ) -> Tensor:
     """Denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12).
 
-    The times are spread evenly from the last one down, whether or not ``steps`` divides their number.
+    The times are spread evenly from the last one down, whether or not ``steps`` divides their number; with "epsilon"
+    from a little below it, see ``Diffusion.sampling_times``.
 
     Args:
         denoise: maps x_t ``(batch, *shape)`` and times ``(batch,)`` to the prediction the process asks for.
@@ -67,9 +74,10 @@ def sample_ddim(
         ``(batch, *shape)``.
 
     Raises:
-        ValueError: if ``steps`` is impossible.
+        ValueError: if ``steps`` or ``eta`` is impossible.
     """
-    times = diffusion.sampling_times(steps)
+    check_eta(eta)
+    times = diffusion.sampling_times(steps, fresh_noise=eta > 0)
     alphas, sigmas = (values.tolist() for values in diffusion.coefficients(times))
     latent = draw_noise(shape, generators, device)
     for step in tqdm(range(steps), desc="Sampling", disable=not progress, leave=False):
@@ -139,7 +147,7 @@ def sample_multistep(
     Raises:
         ValueError: if ``steps`` is impossible.
     """
-    times = diffusion.sampling_times(steps)
+    times = diffusion.sampling_times(steps, fresh_noise=False)
     scheduler = _scheduler(solver, diffusion, times)
     latent = draw_noise(shape, generators, device)
     for step in tqdm(range(steps), desc="Sampling", disable=not progress, leave=False):

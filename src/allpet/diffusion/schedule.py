@@ -6,6 +6,10 @@ t = T alpha is 5e-5, so the mean of a latent, which carries the total activity, 
 
 Flow matching (Lipman et al., arXiv 2210.02747; Liu et al., arXiv 2209.03003) is the same with the straight path
 alpha = 1 - t, sigma = t and its velocity dx/dt = noise - x_0. A step of DDIM is then Euler's step along it.
+
+A prediction of the noise says little of x_0 where there is nothing but noise: x_0 = (x_t - sigma noise) / alpha, so a
+step to alpha_s makes an error of the prediction alpha_s / alpha times larger: 1580 times in the first of 20 steps from
+the cosine schedule's end. Sampling by it begins a little below, see ``Diffusion.sampling_times``.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+LARGEST_RISE = 4.0
+"""How many times the first step may enlarge alpha where noise is predicted, and with it the prediction's error. With
+less, sampling would begin lower, where the mean, which is taken for 0, is larger."""
+
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -27,7 +35,9 @@ class Diffusion:
         n_steps: number of times; with "flow", the time at which there is nothing but noise.
         schedule: name of the beta schedule, as in diffusers ("squaredcos_cap_v2" is the cosine schedule); "flow" has
             its own path and does not read it.
-        prediction: what the network predicts; "flow" is the velocity of the straight path.
+        prediction: what the network predicts; "flow" is the velocity of the straight path. "epsilon", the noise, is for
+            comparison: sampling begins below the last time (``sampling_times``), and errors of the prediction weigh
+            more.
         times: how training times are drawn; "logit_normal" puts more of them in the middle (arXiv 2403.03206).
         location: of the logit-normal; more is noisier.
         spread: of the logit-normal. At 0 and 1, as published for long trainings, 0.2 % of the times are beyond 0.95 T,
@@ -95,16 +105,38 @@ class Diffusion:
         share = torch.sigmoid(self.location + self.spread * torch.randn(batch, generator=generator))
         return share * self.n_steps if flow else (share * self.n_steps).long().clamp(max=self.n_steps - 1)
 
-    def sampling_times(self, steps: int) -> Tensor:
+    def sampling_times(self, steps: int, fresh_noise: bool = True) -> Tensor:
         """Times of ``steps`` denoiser calls, ``(steps,)``, spread evenly from the last one down; 0 is not among them.
 
+        With "epsilon" they are spread from the last time at which the first step enlarges alpha at most
+        ``LARGEST_RISE`` times. The little signal there is left out of the start: with 20 steps of the cosine schedule
+        alpha is 0.026, and as much, relatively, the mean of samples of unit variance comes out too small.
+
+        Args:
+            steps: number of times.
+            fresh_noise: whether steps add noise, which mends errors of the first. Only then, with "epsilon", can all
+                n_steps times be had.
+
         Raises:
-            ValueError: if ``steps`` is not in 1..n_steps.
+            ValueError: if ``steps`` is impossible.
         """
         if not 1 <= steps <= self.n_steps:
             raise ValueError(f"steps is {steps}, but must lie in 1..{self.n_steps}, the times of this process.")
-        times = [self.n_steps * (1 - step / steps) for step in range(steps)]
-        return torch.tensor(times if self.prediction == "flow" else [round(time) - 1 for time in times])
+        if self.prediction == "flow":
+            return torch.tensor([self.n_steps * (1 - step / steps) for step in range(steps)])
+        if self.prediction == "epsilon":
+            alpha = self.alpha_sigma[0].tolist()
+            for first in range(self.n_steps - 1, steps - 2, -1):
+                times = _spread(first, steps)
+                following = alpha[times[1]] if steps > 1 else 1.0
+                if following <= LARGEST_RISE * alpha[first]:
+                    return torch.tensor(times)
+            if not fresh_noise:
+                raise ValueError(
+                    f"steps is {steps}, but with prediction 'epsilon' no sampler but 'ddpm' can begin at time "
+                    f"{self.n_steps - 1}, which has no signal: take fewer steps or that sampler."
+                )
+        return torch.tensor(_spread(self.n_steps - 1, steps))
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t of clean latents; ``clean`` and ``noise`` ``(batch, ...)``, ``time`` ``(batch,)``."""
@@ -157,3 +189,8 @@ class Diffusion:
         shape = (-1,) + (1,) * (like.dim() - 1)
         alpha, sigma = (values.to(like.device, like.dtype).view(shape) for values in self.coefficients(time))
         return alpha, sigma
+
+
+def _spread(first: int, steps: int) -> list[int]:
+    """Return ``steps`` whole times, evenly from ``first`` down to above -1."""
+    return [round((first + 1) * (1 - step / steps)) - 1 for step in range(steps)]

@@ -249,7 +249,7 @@ class LatentDiffusion(LatentSystem):
                 step.
 
         Raises:
-            ValueError: if prompts and seeds differ in number.
+            ValueError: if prompts and seeds differ in number, or there are none.
             RuntimeError: if the training geometry is not known.
         """
         sampling = sampling or self.sampling
@@ -257,6 +257,8 @@ class LatentDiffusion(LatentSystem):
             raise ValueError(
                 f"There are {len(prompt.tracer)} prompts and {len(seeds)} seeds: give one seed per prompt."
             )
+        if len(seeds) == 0:
+            raise ValueError("There are no prompts: give at least one, and a seed for each.")
         if self.geometry is None:
             raise RuntimeError("The training geometry is unknown: load the model with from_pretrained.")
         known = self._aside.prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from allpet.consistency import Correction, make_consistent
-from allpet.diffusion.samplers import SAMPLERS, SamplerName
+from allpet.diffusion.samplers import SAMPLERS, SamplerName, check_eta
 from allpet.geometry import ParallelBeam
 from allpet.power import restore_power
 from allpet.projector import Radon
@@ -36,7 +37,7 @@ class Sampling:
         fill_open: whether what a prompt leaves open is drawn, seed by seed, from the prompts of the training slices
             that answer it, so that guidance has something to act on. False leaves it to the network, as do models of
             earlier versions, which do not know those prompts.
-        eta: DDIM's share of fresh noise per step.
+        eta: DDIM's share of fresh noise per step, 0..1.
         n_views: views of the sinogram to return; None keeps the training geometry's.
         n_bins: bins of the sinogram to return, over the same field of view; None keeps the training geometry's.
         counts: expected total counts per sinogram of Poisson noise to add; None returns the expected sinogram.
@@ -44,6 +45,9 @@ class Sampling:
         restore_power: whether to give samples the power at short periods that the decoder loses in every slice
             (``allpet.power``).
         consistency: how to correct what comes out, see ``consistency.make_consistent``; None leaves it raw.
+
+    Raises:
+        ValueError: if an argument is impossible.
     """
 
     sampler: SamplerName = "dpm++2m"
@@ -67,6 +71,11 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1.")
+        check_eta(self.eta)
+        for name in ("guidance", "region_guidance"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, but must be a finite number: 1 is the plain conditional model.")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -76,8 +85,10 @@ class Sampling:
             raise ValueError(
                 f"consistency is {self.consistency!r}, but must be one of {', '.join(get_args(Correction))}, or null."
             )
-        if self.counts is not None and not self.counts > 0:
-            raise ValueError(f"counts is {self.counts}, but must be positive: leave it out for noise-free sinograms.")
+        if self.counts is not None and not 0 < self.counts < math.inf:
+            raise ValueError(
+                f"counts is {self.counts}, but must be positive and finite: leave it out for noise-free sinograms."
+            )
 
     def geometry(self, trained: ParallelBeam) -> ParallelBeam:
         """Return the geometry of the samples: the trained one with other numbers of views and bins, if asked for."""
