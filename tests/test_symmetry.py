@@ -9,7 +9,7 @@ import torch
 from analytic import CENTRES, HEIGHTS, SIGMAS, ellipse_sinogram, gaussian_sinogram, relative_error, smooth_image
 from torch import Tensor
 
-from allpet import ParallelBeam, Radon, Sampling, symmetry
+from allpet import ParallelBeam, Radon, Sampling, SymmetryAugmentation, symmetry
 from allpet.consistency import consistency_numbers, helgason_ludwig_residual
 from allpet.simulation import patient_slices
 
@@ -119,9 +119,22 @@ def test_whole_views_may_differ_between_samples() -> None:
         assert torch.equal(rolled[i : i + 1], symmetry.roll_views(p[i : i + 1], views))
 
 
+def stronger(counts: Tensor, factor: float) -> Tensor:
+    augmentation = SymmetryAugmentation(GEOMETRY, rotation=False, reflection=False, gain=(factor, factor))
+    return augmentation(counts, torch.Generator().manual_seed(0))[0]
+
+
+def test_a_gain_makes_the_variance_of_counts_another_than_their_mean() -> None:
+    counts = torch.poisson(torch.full((1, 1, 64, 128), 20.0), generator=torch.Generator().manual_seed(0))
+    for factor in (0.8, 1.25):
+        moved = stronger(counts, factor)
+        assert float(moved.var() / moved.mean()) == pytest.approx(factor, rel=0.05)
+
+
 def test_only_permutations_are_said_to_preserve_poisson_noise() -> None:
     public = {n for n, f in inspect.getmembers(symmetry, inspect.isfunction) if f.__module__ == symmetry.__name__}
-    assert set(symmetry.PRESERVES_POISSON) == {n for n in public if not n.startswith("_")} - {"extend", "strip"}
+    named = {n for n in public if not n.startswith("_")} - {"extend", "strip"}
+    assert set(symmetry.PRESERVES_POISSON) == named | {"gain"}
     counts = torch.poisson(torch.full((1, 1, 64, 128), 5.0), generator=torch.Generator().manual_seed(0))
     moved = {
         "roll_views": symmetry.roll_views(counts, 9),
@@ -132,6 +145,7 @@ def test_only_permutations_are_said_to_preserve_poisson_noise() -> None:
         "translate": symmetry.translate(counts, GEOMETRY, 1.0, 1.0),
         "dilate": symmetry.dilate(counts, GEOMETRY, 1.1),
         "blur": symmetry.blur(counts, GEOMETRY, 4.0),
+        "gain": stronger(counts, 1.25),
         "resample": symmetry.resample(counts, GEOMETRY, TARGETS[3]),
     }
     for name, value in moved.items():

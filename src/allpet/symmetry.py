@@ -20,8 +20,9 @@ which is periodic over a full turn. Angles are treated there, by Fourier series.
 be zero beyond its ends and band-limited; an object must stay inside the field of view for that to hold.
 
 Operations that permute bins keep independent Poisson counts what they are, and so does mixing two patients by thinning
-their counts (``PRESERVES_POISSON``). The others mix neighbouring bins: apply them to expected sinograms, or before
-noise is added.
+their counts (``PRESERVES_POISSON``). A gain, the factor of the activity, multiplies the variance of noise by its
+square, that of counts goes with the factor itself. The others mix neighbouring bins. Apply these to expected sinograms,
+or before noise is added.
 
 All functions take ``(batch, channel, views, bins)``, keep its shape and units, and are differentiable, but for the
 random ``thinning_mixup``. A parameter is one number for the whole batch or a tensor ``(batch,)``.
@@ -47,9 +48,11 @@ PRESERVES_POISSON = {
     "translate": False,
     "dilate": False,
     "blur": False,
+    "gain": False,
     "resample": False,
     "thinning_mixup": True,
 }
+"""Whether Poisson counts are still independent Poisson counts after a function of this module, or a plain factor."""
 
 
 def extend(sinogram: Tensor) -> Tensor:
