@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from tiny_pet import TinyPET
 
 import allpet
 from allpet.cli import main
@@ -17,7 +20,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SCALES = sorted(path.relative_to(EXPERIMENTS).as_posix() for path in (EXPERIMENTS / "scale").glob("*.yaml"))
 COMMANDS = [("fit", ("defaults.yaml", stage, scale)) for stage in ("vae.yaml", "ldm.yaml") for scale in SCALES]
 COMMANDS += [("fit", ("defaults.yaml", stage, "scale/laptop.yaml", "demo.yaml")) for stage in ("vae.yaml", "ldm.yaml")]
-COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/gpu24.yaml", "symmetries.yaml", "early_stopping.yaml"))]
+COMMANDS += [
+    ("fit", ("defaults.yaml", "ldm.yaml", scale, "symmetries.yaml", "early_stopping.yaml")) for scale in SCALES
+]
 COMMANDS += [("fit", ("defaults.yaml", "ldm.yaml", "scale/laptop.yaml", "linear_start.yaml"))]
 COMMANDS += [("predict", ("sample.yaml",))]
 METHODS = sorted(path.stem for path in (EXPERIMENTS / "finetune/methods").glob("*.yaml"))
@@ -120,6 +125,41 @@ def test_the_denoiser_has_the_label_of_the_symmetries(capsys):
     drawn = symmetry.draw(2000, torch.Generator().manual_seed(0)).label()
     assert drawn.shape[1] == allpet.SYMMETRY_LABEL_SIZE
     assert 0.1 < float((drawn[:, :3] == 0).all(dim=1).double().mean()) < 0.15
+
+
+class Given(allpet.LatentDiffusion):
+    """Stage 2 whose validations have given losses, the last one for ever."""
+
+    losses: tuple[float, ...] = (1.0,)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.losses[min(self.global_step, len(self.losses)) - 1], batch_size=1)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_early_stopping_stops_a_stalled_training_and_no_other(scale, capsys, tmp_path):
+    trainer = resolved(capsys, "fit", *words(("defaults.yaml", "ldm.yaml", scale, "early_stopping.yaml")))["trainer"]
+    arguments = {
+        callback["class_path"].rpartition(".")[2]: callback.get("init_args") for callback in trainer["callbacks"]
+    }
+    validations = trainer["max_steps"] // trainer["val_check_interval"]
+    assert validations >= 4 * arguments["CopyWatch"]["every_n_validations"], "copies are looked for, too"
+    patience = arguments["EarlyStopping"]["patience"]
+    # one validation per step, and as many of both as the scale has validations, or 40
+    most, best = min(validations, 40), 2
+    for losses, last in (((1.0, 0.9), best + patience), (tuple(1 - step / 100 for step in range(most)), most)):
+        denoiser = allpet.Denoiser(channels=(8,), layers_per_block=1, attention=(False,), head_channels=8)
+        system = Given(allpet.Autoencoder((8, 16)), denoiser, warmup_steps=1)
+        system.losses = losses
+        run = Trainer(
+            max_steps=most, max_epochs=-1, val_check_interval=1, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+            accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_model_summary=False,
+            enable_progress_bar=False, enable_checkpointing=False,
+            callbacks=EarlyStopping(**arguments["EarlyStopping"]),
+        )  # fmt: skip
+        run.fit(system, datamodule=TinyPET())
+        assert run.global_step == last
+        assert best + patience < most
 
 
 @pytest.mark.parametrize("scale", SCALES)
