@@ -585,7 +585,7 @@ def test_the_fit_of_any_model_heeds_a_roi_and_that_of_one_that_attends_its_areas
             if region is not None:
                 attention = attention + strength * region
             elif system.attention is not None:
-                hot, cold, _, _ = system.attention.areas(given)
+                hot, cold, _, _ = system.attention.areas(start)  # of the result, not of the input
                 attention = attention + hot.float() + cold.float()
                 assert attention.max() == 2
             wanted = fit_measured(start, given, radon, 3, attention)

@@ -84,7 +84,8 @@ class PairedSampling:
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
             stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
             so that their spread still says how well the counts are known; with K samples the noise of their mean has
-            1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``.
+            1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``:
+            in the ROI, or in the hot and cold areas of what the network has drawn.
     """
 
     nfe: int = 5
@@ -493,9 +494,12 @@ class PairedSystem(LatentSystem):
         # Two targets add up to the input as given: their scale is its own.
         measured = given.to(self.device) if n_targets > 1 else scaled
         tasks, emphasis = condition.task[::n_targets], None
+        drawn = torch.stack(results)
         if sampling.fitted(tasks, n_targets) and (attention := self.attention_to(roi)):
-            emphasis = attention.emphasise(attention.areas(scaled, roi), strength)
-        return Restored.of(sampling.fit(torch.stack(results), measured, tasks, self.geometry, seeds, emphasis))
+            # In what the network has drawn, noise makes far fewer areas than in the input.
+            areas = attention.areas(drawn.mean(0).sum(1, keepdim=True), roi)
+            emphasis = attention.emphasise(areas, strength)
+        return Restored.of(sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis))
 
     def starting(self, given: Tensor) -> Tensor:
         """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.
