@@ -33,6 +33,11 @@ COMMANDS: dict[str, str | None] = {
         "--data.num_scans=16", "--data.num_scans=10"
     ),
     "make restore TASK=low_dose DATA=my_scans DOSE=0.05 PROMPT=FDG:brain": "--model.sampling.samples=2",
+    "make restore METHOD=prior TASK=low_dose DATA=my_scans DOSE=0.05 PROMPT=FDG:brain": "--model.sampling.samples=2",
+    "make synthesise TASK=low_dose PAIRS=50 N=450": "--pairs=4 --count=3",
+    'make finetune TASK=low_dose PAIRS=50 ARGS="--data.generated=outputs/pairs/low_dose.safetensors"': TINY.replace(
+        "--data.num_scans=16", "--data.num_scans=4"
+    ),
     "make sample N=16 PROMPT=FDG:brain": "--model.sampling.steps=2",
     "make sample N=16 PROMPT=PSMA:abdomen VIEWS=96 BINS=128 COUNTS=1e6": "--model.sampling.steps=2",
     'make train-vae ARGS="--trainer.max_steps=3000 --data.num_scans=100"': TINY,
@@ -98,6 +103,7 @@ def check_commands(place: Path, runner: Callable[[Path, str, str], str]) -> None
     assert (place / "outputs/finetune/low_dose/001/pretrained/model.safetensors").is_file()
     for name in ("gallery.png", "sinograms/patient0/slice_0.h5", "images_std/patient2/slice_3.h5"):
         assert (place / "outputs/restored/001" / name).is_file()
+    assert (place / "outputs/restored/002/gallery.png").is_file()
     for name in ("samples.h5", "gallery.png", "transition.gif"):
         assert (place / "outputs/samples/001" / name).is_file()
         assert (place / "outputs/samples/002" / name).is_file()
