@@ -37,7 +37,7 @@ from allpet.io import Scan, read_scan, write_scan
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.simulation.tissues import LABELS
-from allpet.systems.knowledge import Knowledge, TaskKnowledge
+from allpet.systems.knowledge import Knowledge, TaskKnowledge, level
 from allpet.systems.paired import PairedSampling
 from callbacks.attention_overlay import attention_overlay, tinted_areas
 from callbacks.restoration_writer import restoration_gallery
@@ -181,6 +181,7 @@ def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):
     stage2 = LatentDiffusion(Autoencoder((8, 16)), Denoiser(4, 0, (8, 16), **small))
     stage2.geometry = GEOMETRY
     stage2.autoencoder.scaling.set_scale(500.0)
+    stage2._aside.levels = {"open:open": 40.0, "FDG:pelvis": 20.0}
     stage2.save_pretrained(tmp_path / "ldm")
     words = ["--model", "allpet.PriorRestoration.from_pretrained", "--model.folder", str(tmp_path / "ldm")]
     run = restore(tmp_path / "ldm", folder, "--data.gain", "2.0", *words, "--data.roi_box", "[-60,0,0,60]")
@@ -195,6 +196,11 @@ def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):
     by_hand = method.restore(2 * batch.input, batch.condition, seeds, sampling, roi=roi).mean[:, 0] / 2
     written = torch.from_numpy(read_scan(run / "sinograms/p7/scan.h5").values)
     torch.testing.assert_close(written, by_hand, rtol=1e-3, atol=1e-3 * float(by_hand.max()))
+    data.trainer = SimpleNamespace(lightning_module=method)
+    ours = level(torch.from_numpy(np.concatenate([found.slices for found in data.files])))
+    data.setup()
+    wanted = torch.tensor([40.0, 20.0, 20.0, 40.0, 40.0]) / ours
+    assert data.gain == pytest.approx(float(wanted.median()), rel=1e-3), "as strong as what stage 2 was trained on"
     later = ["--data.task", "delayed", "--data.dose", "null", "--data.delay_min", "60"]
     with pytest.raises(SystemExit, match="Stage 2 alone restores low doses, but is asked for delayed"):
         restore(tmp_path / "ldm", folder, *words, *later)

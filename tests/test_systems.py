@@ -26,6 +26,7 @@ from allpet.diffusion.samplers import SAMPLERS
 from allpet.models.discriminator import PatchDiscriminator
 from allpet.power import POINTS, restore_power
 from allpet.randomness import keyed_generator
+from allpet.systems.knowledge import level
 from allpet.systems.sampling import add_counting_noise
 from data_modules import SimulatedPET
 
@@ -425,6 +426,9 @@ def test_what_a_prompt_leaves_open_is_drawn_from_the_training_slices(data, tmp_p
     trainer(max_steps=1).fit(system, datamodule=data)
     system.save_pretrained(tmp_path)
     loaded = LatentDiffusion.from_pretrained(tmp_path, Sampling(steps=2))
+    strength = level(data.train_set[list(range(len(data.train_set)))].sinogram[:, 0])
+    assert loaded.levels is not None
+    assert loaded.levels["open:open"] == pytest.approx(float(strength.median()), rel=0.2)
     asked = Prompt.of(["FDG:open", "open:abdomen", "open:open", "PSMA:open"])
     with pytest.warns(UserWarning, match=r"No training slice shows PSMA:open, .* there are FDG:abdomen, FDG:brain"):
         samples = loaded.sample(asked, [0, 1, 2, 3])

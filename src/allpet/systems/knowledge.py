@@ -98,7 +98,7 @@ class Knowledge:
                 {index for one in seen for index in one.target_tracer[one.task == number].flatten().tolist()}
             )
             chosen = task == number
-            levels = _levels(Prompt(tracer[chosen], region[chosen]), strength[chosen])
+            levels = levels_of(Prompt(tracer[chosen], region[chosen]), strength[chosen])
             tasks[TASKS[number]] = TaskKnowledge(tuple(TRACERS[index] for index in targets), levels)
         return cls(tasks)
 
@@ -139,8 +139,13 @@ class Knowledge:
         return cls(tasks)
 
 
-def _levels(prompt: Prompt, strength: Tensor) -> dict[str, float]:
-    """Return median levels by prompt, with halves open, too."""
+def levels_of(prompt: Prompt, strength: Tensor) -> dict[str, float]:
+    """Return the median level of each prompt that ``ENOUGH`` slices answer, with halves open, too; of all in any case.
+
+    Args:
+        prompt: tracer and region of each slice.
+        strength: its ``level``, ``(slices,)``.
+    """
     found = {}
     for tracer, tracer_name in enumerate(TRACERS):
         for region, region_name in enumerate(REGIONS):

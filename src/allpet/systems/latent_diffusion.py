@@ -26,11 +26,12 @@ from allpet.prompts import Prompt, count_prompts, draw_open, unseen
 from allpet.randomness import keyed_generator
 from allpet.systems.autoencoder import AutoencoderSystem
 from allpet.systems.base import OptimizerName, check_label, log_mean
+from allpet.systems.knowledge import level, levels_of
 from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.sampling import Samples, Sampling, finish
 
 _FITTED = 2000
-"""Most training slices, evenly spread, that the linear denoiser is fitted to."""
+"""Most training slices, evenly spread, that the linear denoiser is fitted to and levels are taken of."""
 
 
 class _Aside(Aside):
@@ -42,6 +43,7 @@ class _Aside(Aside):
         row: of each sample id in ``latents``.
         linear: what the network starts from; None before a fit, or without.
         prompts: how many training slices have each tracer and region (``count_prompts``); None before a fit.
+        levels: how strong they are, by prompt (``knowledge.levels_of``); None before a fit.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:
@@ -51,6 +53,7 @@ class _Aside(Aside):
         self.row: dict[int, int] = {}
         self.linear: LinearDenoiser | None = None
         self.prompts: Tensor | None = None
+        self.levels: dict[str, float] | None = None
 
 
 class LatentDiffusion(LatentSystem):
@@ -135,6 +138,11 @@ class LatentDiffusion(LatentSystem):
         return self.diffusion.from_clean(noisy, estimate, time) + size[:, None, None, None] * rest.float()
 
     @property
+    def levels(self) -> dict[str, float] | None:
+        """How strong the training slices are, by prompt (``knowledge.levels_of``); None where that is not known."""
+        return self._aside.levels
+
+    @property
     def linear(self) -> LinearDenoiser | None:
         """The fitted linear denoiser, on this module's device."""
         return None if self._aside.linear is None else self._aside.linear.to(self.device)
@@ -152,14 +160,19 @@ class LatentDiffusion(LatentSystem):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Count prompts and encode ``latent_views`` views of every training slice, in a fixed order, resumed or not.
+        """Count prompts, note levels and encode ``latent_views`` views of every training slice.
 
+        All in a fixed order, resumed or not.
         The data module must have ``train_set``, ``augment(batch, epoch)`` and, for the linear denoiser, ``unmixed()``.
         A fit without one needs ``latent_views`` and ``linear_rank`` of 0, and counts no prompts.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self._aside.prompts = count_prompts(data.train_set.prompt)
+            slices = data.train_set
+            self._aside.prompts = count_prompts(slices.prompt)
+            chosen = torch.linspace(0, len(slices) - 1, min(len(slices), _FITTED)).round().long()
+            strength = torch.cat([level(slices[piece.tolist()].sinogram[:, 0]) for piece in chosen.split(64)])
+            self._aside.levels = levels_of(Prompt(*(index[chosen] for index in slices.prompt)), strength)
         if self.linear_rank:
             self._aside.linear = self._fit_linear(data)
         if not self.latent_views:
@@ -297,6 +310,7 @@ class LatentDiffusion(LatentSystem):
             "diffusion": self.diffusion.to_dict(),
             "linear": None if self.linear is None else self.linear.config,
             "prompts": None if self._aside.prompts is None else self._aside.prompts.tolist(),
+            "levels": self._aside.levels,
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
         weights |= {f"denoiser.{name}": value for name, value in self.denoiser.state_dict().items()}
@@ -321,6 +335,7 @@ class LatentDiffusion(LatentSystem):
             # folders of earlier versions speak neither of prompts nor of a linear denoiser
             if config.get("prompts"):
                 system._aside.prompts = torch.tensor(config["prompts"])
+            system._aside.levels = config.get("levels")
             if config.get("linear"):
                 linear = LinearDenoiser(tuple(config["linear"]["shape"]), config["linear"]["rank"])
                 linear.load_state_dict(parts["linear"])

@@ -33,7 +33,7 @@ from allpet.projector import Radon
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
-from allpet.systems.knowledge import Knowledge
+from allpet.systems.knowledge import Knowledge, TaskKnowledge
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.paired import PairedSampling, Restored
 
@@ -83,8 +83,6 @@ class PriorRestoration(LightningModule):
         ValueError: if the geometry of stage 2 is not known.
     """
 
-    knowledge: Knowledge | None = None
-
     def __init__(self, model: LatentDiffusion, sampling: PairedSampling = ONE_CALL) -> None:
         super().__init__()
         if model.geometry is None:
@@ -101,6 +99,12 @@ class PriorRestoration(LightningModule):
     def autoencoder(self) -> Autoencoder | PixelSpace:
         """Of stage 2."""
         return self.model.autoencoder
+
+    @property
+    def knowledge(self) -> Knowledge | None:
+        """How strong the slices were that stage 2 was trained on; None where it does not say."""
+        levels = self.model.levels
+        return None if levels is None else Knowledge({"low_dose": TaskKnowledge((), levels)})
 
     @property
     def input_ratio(self) -> Tensor:
