@@ -139,14 +139,7 @@ def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -
         if task != "attenuation":
             finding = f"correction factors (acf) make pairs for attenuation, but the task is {task}"
             raise DataError(where, finding, "put inputs and targets in folders input and target")
-        if acf.shape != found.slices.shape:
-            finding = (
-                f"its correction factors have {by(acf.shape[1:])} bins, its sinograms {by(found.slices.shape[1:])}"
-            )
-            raise DataError(where, finding, "store both over 180 degrees")
-        if not (np.isfinite(acf) & (acf >= _LEAST)).all():
-            finding = f"its correction factors go from {acf.min():.3g} to {acf.max():.3g}, but none is below 1"
-            raise DataError(where, finding, "store factors that sinograms are multiplied by")
+        check_factors(where, found.slices, acf)
         if found.scan.additive is not None:
             finding = "scatter and randoms come with it (additive), which correction factors would multiply"
             raise DataError(where, finding, "subtract them first, and store what is left with its factors")
@@ -155,6 +148,20 @@ def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -
         targets.append(found.slices if done else found.slices * acf)
         factors.append(acf)
     return FoundPairs(inputs, np.concatenate(targets), np.concatenate(factors), _order(inputs), report)
+
+
+def check_factors(where: Path, slices: np.ndarray, acf: np.ndarray) -> None:
+    """Refuse attenuation-correction factors that do not fit their sinograms, both ``(slices, views, bins)``.
+
+    Raises:
+        DataError: naming *where* they are from.
+    """
+    if acf.shape != slices.shape:
+        finding = f"its correction factors have {by(acf.shape[1:])} bins, its sinograms {by(slices.shape[1:])}"
+        raise DataError(where, finding, "store both over 180 degrees")
+    if not (np.isfinite(acf) & (acf >= _LEAST)).all():
+        finding = f"its correction factors go from {acf.min():.3g} to {acf.max():.3g}, but none is below 1"
+        raise DataError(where, finding, "store factors that sinograms are multiplied by")
 
 
 def _order(files: list[FoundFile]) -> list[int]:

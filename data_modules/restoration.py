@@ -27,6 +27,7 @@ from data_modules.checks import by
 from data_modules.files import prompts_of
 from data_modules.folder import FoundFile
 from data_modules.layouts import AUTO
+from data_modules.pair_folder import check_factors
 from data_modules.validate import inspect_folder
 
 
@@ -264,16 +265,7 @@ class SinogramsToRestore(LightningDataModule):
         if scan.acf is None:
             finding = "its state is attenuation_corrected, and a second correction would be wrong"
             raise DataError(where, finding, "give it before correction, or with its correction factors (acf)")
-        if scan.acf.shape != found.slices.shape:
-            finding = (
-                f"its correction factors have {by(scan.acf.shape[1:])} bins, its sinograms {by(found.slices.shape[1:])}"
-            )
-            raise DataError(where, finding, "store both over 180 degrees")
-        if not (np.isfinite(scan.acf) & (scan.acf >= 0.999)).all():  # rounded, too
-            finding = (
-                f"its correction factors go from {scan.acf.min():.3g} to {scan.acf.max():.3g}, but none is below 1"
-            )
-            raise DataError(where, finding, "store factors that sinograms are multiplied by")
+        check_factors(where, found.slices, scan.acf)
         rank_zero_info(f"{where}: its attenuation correction is undone by its own factors (acf) first.")
         return found._replace(slices=found.slices / scan.acf)
 

@@ -317,6 +317,17 @@ def test_halves_show_the_same_and_share_no_patient(case: str) -> None:
     assert often.max() < 20
 
 
+@pytest.mark.parametrize("sizes", [(10, 11, 12, 13), (6, 7, 8, 9, 11), (3, 4, 5, 6, 7, 9)])
+def test_halves_of_few_patients_are_not_ever_the_same(sizes: tuple[int, ...]) -> None:
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    splits = set()
+    for draw in range(20):
+        first, second = halves.halves(owner, torch.zeros_like(owner), keyed_generator(draw))
+        assert min(len(first), len(second)) > 0.25 * len(owner)
+        splits.add(frozenset({frozenset(owner[first].tolist()), frozenset(owner[second].tolist())}))
+    assert len(splits) >= 3
+
+
 def test_without_kinds_halves_have_all_slices() -> None:
     owner = torch.arange(20).repeat_interleave(3)
     first, second = halves.halves(owner, torch.zeros(60, dtype=torch.int64), keyed_generator(0))

@@ -86,6 +86,8 @@ def rows(plan: Plan) -> list[Row]:
             facts["recipe"] = plan.recipe(overlay, "multi_task" if method == "multi_task" else None)
         if method in LONGER:
             facts["steps"] *= TIMES
+        if method.endswith("oracle"):
+            facts["told"] = "each slice"
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
 
     low_dose = plan.task == "low_dose"

@@ -436,8 +436,9 @@ def renoise(expected: Tensor, noisy: Tensor, truth: Tensor) -> Tensor:
 
 
 def facts(sampling: Sampling) -> dict[str, Any]:
-    """Return what a row says of how it was sampled."""
+    """Return what a row says of how it was sampled, and of how halves are made, so that other rows are told apart."""
     return {
+        "halves": "even by prompt",
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "guidance": sampling.guidance,

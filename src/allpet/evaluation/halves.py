@@ -17,6 +17,7 @@ from torch import Tensor
 from allpet.prompts import REGIONS, Prompt
 
 _TRIES = 16
+_EVEN = 0.2  # of the slices of each kind, more on one side than on the other
 FEWEST = 4
 """Patients that halves of different patients need; with fewer every slice counts as a patient."""
 
@@ -65,7 +66,9 @@ def heeded(owner: Tensor, kind: Tensor) -> Tensor:
 def halves(owner: Tensor, kind: Tensor, generator: torch.Generator) -> Halves:
     """Split slices into random halves that show the same; no owner is in both.
 
-    Owners come in random order, each to the half that lacks what it shows; of some such deals the most even is taken.
+    Owners come in random order, each to the half that lacks what it shows, until such a deal is even enough, or some
+    have been tried. (The most even of them would be the same ever again where there are few owners, and floors would
+    not know how they vary.)
     Of each kind both halves then keep as many slices as the smaller has, so a kind of one owner alone is left out.
 
     Args:
@@ -171,4 +174,5 @@ def _deal(owner: Tensor, kind: Tensor, generator: torch.Generator) -> Tensor:
         first = (lean < 0) | ((lean == 0) & coin)
         ahead += torch.where(first[:, None], shares[who], -shares[who])
         side[torch.arange(_TRIES), who] = first
-    return side[int(ahead.square().sum(1).argmin())][whose]
+    uneven = ahead.square().mean(1).sqrt()
+    return side[int((uneven <= max(_EVEN, float(uneven.min()))).nonzero()[0])][whose]
