@@ -150,7 +150,7 @@ def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -
     return FoundPairs(inputs, np.concatenate(targets), np.concatenate(factors), _order(inputs), report)
 
 
-def check_factors(where: Path, slices: np.ndarray, acf: np.ndarray) -> None:
+def check_factors(where: str | Path, slices: np.ndarray, acf: np.ndarray) -> None:
     """Refuse attenuation-correction factors that do not fit their sinograms, both ``(slices, views, bins)``.
 
     Raises:

@@ -25,7 +25,7 @@ from data_modules.folder import patients_of, splits_of
 from data_modules.layouts import AUTO
 from data_modules.pair_folder import FoundPairs, find_pairs
 from data_modules.paired_base import PairedDataModule
-from data_modules.paired_set import PairedSet, read_pairs
+from data_modules.paired_set import GeometryError, PairedSet, read_pairs
 
 
 class PairedFiles(PairedDataModule):
@@ -128,11 +128,12 @@ class PairedFiles(PairedDataModule):
         self.val_share, self.test_share, self.generated = val_share, test_share, generated
         self._found: FoundPairs | None = None
         self._suits: tuple[ParallelBeam | None, float | None] = (None, None)
+        self._waiting = False
 
     def setup(self, stage: str | None = None) -> None:
         """Load the pairs; again where a model has come along that wants them otherwise."""
         suits = self._wanted()
-        if suits != self._suits and suits != (None, None):
+        if (suits != self._suits and suits != (None, None)) or (self._waiting and self.trainer is not None):
             # The command line loads data before there is a model.
             self._suits, self._loaded = suits, None
         super().setup(stage)
@@ -177,9 +178,9 @@ class PairedFiles(PairedDataModule):
         local = {"folder": self.folder, "split_rule": how}
         about: list[Any] = [own.to_dict(), prompts]
         if self.generated is not None:
-            more = read_pairs(self.generated, self.task, geometry)
-            train = train.joined(more)
-            about.append([len(more), float(more.arrays["input"].sum())])  # type: ignore[union-attr]
+            if (more := self._generated(geometry, gain)) is not None:
+                train = train.joined(more)
+            about.append(_digest_of(self.generated))
         identity = self._digest(inputs, found, split, about)
         return LoadedData(geometry, train, val, test, identity, notes=notes, local=local)
 
@@ -251,6 +252,18 @@ class PairedFiles(PairedDataModule):
         scale = float(autoencoder.scaling.scale) if self.asked_gain is None else None
         return (system.geometry if self.asked_geometry is None else None), scale
 
+    def _generated(self, geometry: ParallelBeam, gain: float) -> PairedSet | None:
+        """Return the generated pairs; None while they wait for a model that pairs are brought to the geometry of."""
+        assert self.generated is not None
+        self._waiting = False
+        try:
+            return read_pairs(self.generated, self.task, geometry, gain)
+        except GeometryError:
+            if self.trainer is not None or self.asked_geometry is not None:
+                raise
+            self._waiting = True
+            return None
+
     def _gain(self, train: PairedSet) -> float:
         """Return what values are multiplied by."""
         if self.asked_gain is not None:
@@ -267,6 +280,14 @@ class PairedFiles(PairedDataModule):
         settings = [self.task, asked, self.asked_gain, self.dose, self.delay_min, self.target, *split, *more]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
+
+
+def _digest_of(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _alike(one: ParallelBeam, other: ParallelBeam) -> bool:

@@ -20,6 +20,11 @@ from allpet.simulation.tasks import TASKS, PairedBatch
 from data_modules.base import SinogramSet
 from data_modules.slice_cache import StoredArray
 
+
+class GeometryError(DataError):
+    """Pairs are of another geometry than asked for."""
+
+
 IMAGES = ("activity", "labels", "attenuation")
 NUMBERS = ("delay_min", "dose", "share")
 _KEPT = ("input", "expected", "noisy", *NUMBERS, "target_tracer", "sample_id", "patient_id")
@@ -104,33 +109,49 @@ class ReversedPairs(PairedSet):
         return reverse_pairs(super().__getitem__(index))
 
 
-def write_pairs(path: str | Path, pairs: PairedBatch) -> Path:
-    """Write pairs of one task to a .safetensors file, without their images, whole or not at all."""
+def write_pairs(path: str | Path, pairs: PairedBatch, gain: float = 1.0) -> Path:
+    """Write pairs of one task to a .safetensors file, without their images, whole or not at all.
+
+    Args:
+        path: of the file.
+        pairs: of one task.
+        gain: what real pairs in their own units are multiplied by to be in those of these.
+    """
     tensors = {name: getattr(pairs, name).clone() for name in _KEPT}
     tensors |= {"tracer": pairs.prompt.tracer, "region": pairs.prompt.region}
     with replacing(Path(path)) as scratch:
-        save_file(tensors, scratch, {"task": TASKS[int(pairs.task[0])]})
+        save_file(tensors, scratch, {"task": TASKS[int(pairs.task[0])], "gain": repr(float(gain))})
     return Path(path)
 
 
-def read_pairs(path: str | Path, task: str, geometry: ParallelBeam) -> PairedSet:
+def read_pairs(path: str | Path, task: str, geometry: ParallelBeam, gain: float = 1.0) -> PairedSet:
     """Read what ``write_pairs`` wrote.
 
+    Args:
+        path: of the file.
+        task: of the pairs.
+        geometry: of their sinograms.
+        gain: what real pairs are multiplied by here; generated ones are brought to the same units.
+
     Raises:
-        DataError: if the file cannot be read, is of another task, or its sinograms do not fit the geometry.
+        DataError: if the file cannot be read or is of another task.
+        GeometryError: if its sinograms do not fit the geometry.
     """
     try:
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("task")
+            said = file.metadata() or {}
         tensors = load_file(path)
         arrays = {name: tensors[name] for name in ("input", "expected", "noisy", *NUMBERS)}
         about = tensors["target_tracer"], Prompt(tensors["tracer"], tensors["region"])
         ids = tensors["sample_id"], tensors["patient_id"]
     except (OSError, SafetensorError, KeyError) as error:
         raise DataError(path, f"it holds no pairs ({error})", "name a file of generated pairs") from error
-    if said != task:
-        raise DataError(path, f"it holds pairs for {said}, the task is {task}", "generate pairs for that")
+    if said.get("task") != task:
+        finding = f"it holds pairs for {said.get('task')}, the task is {task}"
+        raise DataError(path, finding, "generate pairs for that")
     found, wanted = tuple(arrays["input"].shape[-2:]), geometry.sinogram_shape
     if found != wanted:
-        raise DataError(path, f"its sinograms are {found}, the data {wanted}", "generate pairs of the same geometry")
-    return PairedSet(arrays, task, *about, *ids)
+        finding = f"its sinograms are {found}, the data {wanted}"
+        raise GeometryError(path, finding, "generate pairs of the same geometry")
+    pairs, theirs = PairedSet(arrays, task, *about, *ids), float(said.get("gain", 1.0))
+    return pairs if gain == theirs else pairs.times(gain / theirs)

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from allpet import LatentBridge, LatentDiffusion, Sampling, synthesise_pairs
 from allpet.io import DataError
 from allpet.runs import newest_pretrained
@@ -43,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> Path:
     parser.add_argument("--tracer", default="open", help="of the folder's pairs (open: as the files say)")
     parser.add_argument("--region", default="open", help="of the folder's pairs")
     parser.add_argument("--dose", type=float, help="of the folder's inputs, a share of the normal one")
+    parser.add_argument("--gain", type=float, help="what the folder's values are multiplied by, as of make finetune")
     parser.add_argument("--guidance", type=float, default=1.5, help="of stage 2 (1.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the first pair; the next has one more (0)")
     parser.add_argument("--output", type=Path, help="default: outputs/pairs/TASK.safetensors")
@@ -64,14 +67,15 @@ def run(options: argparse.Namespace) -> Path:
         options.pairs = 50
     if options.count < 1 or (options.pairs is not None and options.pairs < 1):
         raise ValueError(f"pairs is {options.pairs} and count {options.count}, but both must be at least 1.")
-    prior = LatentDiffusion.from_pretrained(newest_pretrained(options.stage2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prior = LatentDiffusion.from_pretrained(newest_pretrained(options.stage2)).to(device)
     reverse = None
     if options.task not in PHYSICS:
         if options.folder is not None:
             raise ValueError(f"Pairs of one's own are generated for {', '.join(PHYSICS)}, not for {options.task}.")
         place = options.reverse or Path("outputs/reverse") / options.task
         try:
-            reverse = LatentBridge.from_pretrained(newest_pretrained(place))
+            reverse = LatentBridge.from_pretrained(newest_pretrained(place)).to(device)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{place} holds no finished reverse model, which {options.task} needs: train it first with make "
@@ -83,7 +87,8 @@ def run(options: argparse.Namespace) -> Path:
     pairs = data.train_set[list(range(len(data.train_set)))]
     seeds = range(options.seed, options.seed + options.count)
     made = synthesise_pairs(prior, pairs, seeds, reverse, Sampling(guidance=options.guidance))  # type: ignore[arg-type]
-    path = write_pairs(options.output or Path("outputs/pairs") / f"{options.task}.safetensors", made)
+    gain = float(data.summary().get("gain", 1.0))
+    path = write_pairs(options.output or Path("outputs/pairs") / f"{options.task}.safetensors", made, gain)
     print(f"Wrote {path}: {options.count} pairs for {options.task}, generated beside {len(pairs.input)} real ones.")
     return path
 
@@ -94,7 +99,7 @@ def _real(options: argparse.Namespace, prior: LatentDiffusion) -> PairedDataModu
             options.task, prior.geometry, num_scans=options.pairs, val_patients=1, test_patients=0
         )
     else:
-        about = {"tracer": options.tracer, "region": options.region, "dose": options.dose}
+        about = {"tracer": options.tracer, "region": options.region, "dose": options.dose, "gain": options.gain}
         data = PairedFiles(options.folder, options.task, num_scans=options.pairs, **about)
         # pairs are brought to the geometry and scale of the model that they are given to
         data.trainer = SimpleNamespace(lightning_module=prior)  # type: ignore[assignment]

@@ -97,7 +97,8 @@ def naming_numbers(
         f"Utility and obeyed prompts: classifiers of {', '.join(names)}, one trained on {len(chosen[1].sinogram)} "
         f"slices of FAKE and one on as many of {source}, tested on {len(test.sinogram)} of REAL."
     )
-    if known.patients is not None and source != "TRAIN" and bool(torch.isin(test.patients, known.patients).any()):
+    ours, theirs = known.patients, test.patients
+    if source != "TRAIN" and ours is not None and theirs is not None and bool(torch.isin(theirs, ours).any()):
         said += " Too few real patients to keep them apart: the second knows those that it is tested on, and its floor"
         said += " is too high."
     return numbers, said
