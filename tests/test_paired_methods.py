@@ -620,6 +620,11 @@ def test_a_denoiser_without_room_for_attention_is_refused():
             LatentBridge(Autoencoder((8, 16)), denoiser, **more)
 
 
+def test_a_share_of_noise_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"eta is 1\.5"):
+        ConditionalSampling(eta=1.5)
+
+
 # ------------------------------------------------------------------------------------------------ without training
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from allpet.conditions import Condition
 from allpet.diffusion.preconditioning import PairStatistics
-from allpet.diffusion.samplers import sample_ddim, sample_ddpm
+from allpet.diffusion.samplers import check_eta, sample_ddim, sample_ddpm
 from allpet.diffusion.schedule import Diffusion
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
@@ -48,6 +48,7 @@ class ConditionalSampling(PairedSampling):
         super().__post_init__()
         if self.sampler not in ("ddim", "ddpm"):
             raise ValueError(f"sampler is {self.sampler!r}, but must be 'ddim' or 'ddpm'.")
+        check_eta(self.eta)
 
 
 class ConditionalDiffusion(PairedSystem):
