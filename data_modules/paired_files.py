@@ -16,6 +16,7 @@ from allpet.geometry import ParallelBeam
 from allpet.models.pixel_space import PixelSpace
 from allpet.prompts import OPEN, TRACERS, Prompt, prompt_index
 from allpet.reconstruction import fbp
+from allpet.runs import file_hash
 from allpet.simulation.tasks import TASKS
 from allpet.symmetry import resample
 from data_modules.base import LoadedData, fixed_scale
@@ -180,7 +181,7 @@ class PairedFiles(PairedDataModule):
         if self.generated is not None:
             if (more := self._generated(geometry, gain)) is not None:
                 train = train.joined(more)
-            about.append(_digest_of(self.generated))
+            about.append(file_hash(self.generated))
         identity = self._digest(inputs, found, split, about)
         return LoadedData(geometry, train, val, test, identity, notes=notes, local=local)
 
@@ -280,14 +281,6 @@ class PairedFiles(PairedDataModule):
         settings = [self.task, asked, self.asked_gain, self.dose, self.delay_min, self.target, *split, *more]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
-
-
-def _digest_of(path: str) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _alike(one: ParallelBeam, other: ParallelBeam) -> bool:

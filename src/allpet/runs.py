@@ -217,7 +217,12 @@ def newest_pretrained(path: str | Path, data_hash: str | None = None) -> Path:
 
 def weights_hash(folder: str | Path) -> str:
     """Hash of the weights in a pretrained folder, 16 hexadecimal digits."""
-    with (Path(folder) / "model.safetensors").open("rb") as file:
+    return file_hash(Path(folder) / "model.safetensors")
+
+
+def file_hash(path: str | Path) -> str:
+    """Hash of a file, 16 hexadecimal digits."""
+    with Path(path).open("rb") as file:
         digest = hashlib.blake2b(digest_size=8)
         while block := file.read(1 << 20):
             digest.update(block)
