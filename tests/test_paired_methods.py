@@ -458,6 +458,8 @@ def test_fitting_needs_a_geometry():
         system.restore(torch.rand(1, 1, 16, 16), asked(1), [0], BridgeSampling(data_consistency=1))
     with pytest.raises(ValueError, match="data_consistency is -1, but must be a number of updates, or 0"):
         BridgeSampling(data_consistency=-1)
+    with pytest.raises(ValueError, match="neighbourhood_mm is inf, but must be finite and not negative"):
+        BridgeSampling(neighbourhood_mm=float("inf"))
 
 
 # ----------------------------------------------------------------------------------------------------- attention

@@ -36,7 +36,7 @@ from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 from data_modules.paired_set import write_pairs
-from studies.downstream_plan import UPDATES, Plan
+from studies.downstream_plan import ALONE, UPDATES, Plan
 from studies.downstream_scores import calibration
 from studies.rows import Row
 from studies.training import GUIDANCE
@@ -55,6 +55,7 @@ LONGER = {"bridge_longer": "bridge", "regression_longer": "regression"}
 """What is trained ``TIMES`` as long as all others, and what it is otherwise."""
 TIMES = 4
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
+_NONE = {"nfe": 0, "samples": 1, "attention": "", "updates": 0, "neighbourhood_mm": 0.0}  # calls no network
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
 
@@ -63,7 +64,7 @@ class Line(NamedTuple):
     """One way to sample what a row has trained.
 
     Attributes:
-        facts: what tells it from the row's other lines, see ``_facts``.
+        facts: what tells it from the row's other lines, see ``facts_of``.
         result: ``(slices, targets, views, bins)``.
         more: further numbers.
     """
@@ -141,7 +142,7 @@ def _measure(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> di
 
 def label_of(facts: dict[str, Any]) -> str:
     """Return the name of a line in ``scores.pt`` and ``pictures.pt``."""
-    updates = f"-{facts['updates']}" if facts["updates"] else ""
+    updates = f"-{facts['updates']}" + "-alone" * (not facts["neighbourhood_mm"]) if facts["updates"] else ""
     return f"{facts['nfe']}-{facts['samples']}-{facts['attention']}{updates}"
 
 
@@ -151,7 +152,7 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         yield _untrained(plan, method)
         return
     if method == "stage1":
-        yield Line(_facts(0), _through_stage1(plan, seed), {})
+        yield Line(_NONE, _through_stage1(plan, seed), {})
         return
     if method == "prior":
         prior = PriorRestoration(LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed))))
@@ -226,25 +227,30 @@ def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, *
     return method(pairs.input, condition, pairs.sample_id.tolist(), sampling, pairs.expected.shape[1], **given)
 
 
-def _facts(nfe: int, samples: int = 1, attention: str = "", updates: int = 0) -> dict[str, Any]:
-    return {"nfe": nfe, "samples": samples, "attention": attention, "updates": updates}
+def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
+    """Return what tells lines of a row apart."""
+    near = sampling.neighbourhood_mm if sampling.data_consistency else 0.0
+    kept = {"nfe": sampling.nfe, "samples": sampling.samples, "attention": attention}
+    return kept | {"updates": sampling.data_consistency, "neighbourhood_mm": near}
 
 
 def _fitted(plan: Plan, sampling: PairedSampling) -> list[PairedSampling]:
     """Return the same with as many updates towards the input as are judged; none where it does not measure."""
-    return [replace(sampling, data_consistency=n) for n in UPDATES] if plan.task in MEASURING else []
+    if plan.task not in MEASURING:
+        return []
+    alone = replace(sampling, data_consistency=ALONE, neighbourhood_mm=0.0)
+    return [alone, *(replace(sampling, data_consistency=n) for n in UPDATES)]
 
 
 def _several(plan: Plan) -> list[PairedSampling]:
     """Return the ways whose intervals are judged; of low dose, where they are asked for, also with many calls."""
     few = BridgeSampling(nfe=5, samples=plan.samples)
     many = [replace(few, nfe=20)] if plan.task == "low_dose" else []
-    return [few, *_fitted(plan, few)[:1], *many]
+    return [few, *_fitted(plan, few)[-1:], *many]
 
 
 def _line(plan: Plan, system: PairedSystem | PriorRestoration, sampling: PairedSampling) -> Line:
-    facts = _facts(sampling.nfe, updates=sampling.data_consistency)
-    return Line(facts, restore(plan, system.restore, sampling).mean, {})
+    return Line(facts_of(sampling), restore(plan, system.restore, sampling).mean, {})
 
 
 @torch.no_grad()
@@ -259,12 +265,12 @@ def _through_stage1(plan: Plan, seed: int) -> Tensor:
 def _untrained(plan: Plan, method: str) -> Line:
     pairs = plan.held_out.pairs
     if method == "identity":
-        return Line(_facts(0), restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
+        return Line(_NONE, restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
     if method == "osem_oracle":
         reconstruction = OsemOracle(plan.held_out.radon).fit(pairs.input, pairs.expected)
-        return Line(_facts(0), restore(plan, reconstruction.restore).mean, {})
+        return Line(_NONE, restore(plan, reconstruction.restore).mean, {})
     oracle = GaussOracle(plan.data.geometry).fit(pairs.input, pairs.expected)
-    return Line(_facts(0), restore(plan, oracle.restore).mean, {})
+    return Line(_NONE, restore(plan, oracle.restore).mean, {})
 
 
 def _many(plan: Plan, system: PairedSystem, sampling: PairedSampling) -> Line:
@@ -273,8 +279,7 @@ def _many(plan: Plan, system: PairedSystem, sampling: PairedSampling) -> Line:
     curve = calibration(restored.samples, plan.held_out.pairs.expected)
     at = next(point for point in curve if point["level"] == 0.9)
     more = {"coverage_90": at["gauss"], "coverage_90_quantile": at["quantile"], "calibration": curve}
-    facts = _facts(sampling.nfe, sampling.samples, updates=sampling.data_consistency)
-    return Line(facts, restored.mean, more)
+    return Line(facts_of(sampling), restored.mean, more)
 
 
 def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
@@ -288,8 +293,8 @@ def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
     lesions = roi_from_labels(pairs.labels, "lesion_hot")
     regions = {"roi": (lesions, 1.0), "roi 2": (lesions, 2.0)}
     regions["roi moved"] = (lesions.roll(lesions.shape[-1] // 4, -1), 1.0)
-    for sampling in (BridgeSampling(nfe=1), BridgeSampling(nfe=1, data_consistency=UPDATES[0])):
-        facts = partial(_facts, 1, 1, updates=sampling.data_consistency)
+    for sampling in (BridgeSampling(nfe=1), BridgeSampling(nfe=1, data_consistency=UPDATES[-1])):
+        facts = partial(facts_of, sampling)
         none = restore(plan, system.restore, sampling, attention_strength=0.0).mean
         yield Line(facts(attention="0"), none, {})
         for strength in (1.0, 2.0):

@@ -27,8 +27,10 @@ from data_modules.simulated import PAPER_PROMPTS
 from studies.downstream_scores import HeldOut
 from studies.training import HERE, Budget, Recipe, scale_file, train
 
-UPDATES = (4, 8)
+UPDATES = (8, 16)
 """Of ``data_consistency``, by which results are judged besides, where the input measures the targets."""
+ALONE = 4
+"""The same with every pixel alone (``neighbourhood_mm`` 0): as many as are best so."""
 REDUCTION = 20
 """Dose reduction at which low dose is judged; trained on are all of them, as users would."""
 ALL_PROMPTS = (*PAPER_PROMPTS, "FDG:pelvis", "PSMA:pelvis")
@@ -75,18 +77,18 @@ class Plan:
         """Return what is known of a row beforehand."""
         facts = {"task": self.task, "method": method, "pairs": pairs, "seed": seed, "steps": self.steps}
         facts |= {"vae": self.stages.vae, "ldm": self.stages.ldm, "slices": self.slices, "samples": self.samples}
-        fitted = {"data_consistency": list(UPDATES)} if self.task in MEASURING else {}
+        fitted = {"data_consistency": list(UPDATES), "alone": ALONE} if self.task in MEASURING else {}
         return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem} | fitted
 
     @cached_property
     def data(self) -> PairedTask:
         """The data module whose test patients all methods are judged on."""
         options = PairOptions(reductions=(REDUCTION,))
-        return self._pairs(options=options, num_scans=1, val_patients=1, test_patients=self.test_patients)
+        return self.pairs_of(options=options, num_scans=1, val_patients=1, test_patients=self.test_patients)
 
     def training_pairs(self, pairs: int) -> PairedBatch:
         """Return the pairs that a row trains on."""
-        train = self._pairs(num_scans=pairs, val_patients=4, test_patients=1).train_set
+        train = self.pairs_of(num_scans=pairs, val_patients=4, test_patients=1).train_set
         return train[list(range(len(train)))]  # type: ignore[return-value]
 
     @property
@@ -99,7 +101,8 @@ class Plan:
         sizes: dict[str, Any] = yaml.safe_load(scale_file(self.scale).read_text(encoding="utf-8"))["scale"]
         return sizes
 
-    def _pairs(self, **given: Any) -> PairedTask:
+    def pairs_of(self, **given: Any) -> PairedTask:
+        """Return the task's simulated pairs at the scale's size; arguments as of ``PairedTask``."""
         data = PairedTask(self.task, ParallelBeam(**self._sizes["geometry"]), cache=self.cache, **given)
         data.setup()
         return data

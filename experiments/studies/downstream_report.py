@@ -15,13 +15,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from allpet.consistency import NEIGHBOURHOOD_MM
 from allpet.metrics import standard_image
 from allpet.prompts import TRACERS
 from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
 from studies.downstream import LONGER, TIMES, WITHOUT, expanded, label_of
-from studies.downstream_plan import REDUCTION, UPDATES, Plan
+from studies.downstream_plan import ALONE, REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
 from studies.rows import Outcome
@@ -46,13 +47,13 @@ SHOWN = {
     "line_seconds": "seconds",
 }
 """Columns of the table, and what they are called there; those that end in % are shares in the rows."""
-_GROUP = ("method", "pairs", "nfe", "samples", "attention", "updates")
+_GROUP = ("method", "pairs", "nfe", "samples", "attention", "updates", "neighbourhood_mm")
 _PICTURED = {
     "gauss_oracle": [(0, 0)],
     "osem_oracle": [(0, 0)],
     "regression": [(1, 0)],
     "ddbm": [(119, 0)],
-    "bridge": [(1, 0), (5, 0), (20, 0), (1, UPDATES[0])],
+    "bridge": [(1, 0), (5, 0), (20, 0), (1, UPDATES[-1])],
     "prior": [(1, 0)],
 }
 """Which lines of which methods are shown: numbers of calls and of updates."""
@@ -139,6 +140,7 @@ def named(group: Lines) -> str:
     many = f", mean of {line['samples']} samples" if line["samples"] > 1 else ""
     attention = f", attention {line['attention']}" if line["attention"] else ""
     updates = f", {line['updates']} updates of data consistency" if line["updates"] else ""
+    updates += ", every pixel alone" * bool(line["updates"] and not line["neighbourhood_mm"])
     return f"{line['method']}{calls}{many}{attention}{updates} ({len(group)} seed{'s' * (len(group) != 1)})"
 
 
@@ -208,15 +210,15 @@ def _fitting(found: _Found) -> str:
     """Say what updates towards the measured input bring to the results of one call."""
     parts = []
     for method in ("bridge", "regression", "regression_pixels", "prior"):
-        groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, *UPDATES)]
+        groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, ALONE, *UPDATES)]
         if all(groups):
             parts.append(f"{method} {'; '.join(map(_in_short, groups))}")
     if not parts:
         return _missing("bridge with data consistency")
-    updates = ", ".join(map(str, (0, *UPDATES)))
+    updates = ", ".join(map(str, UPDATES))
     return (
-        f"Data consistency, {updates} updates after one call (sinogram PSNR, mean lesion SUVmax bias, mean tissue "
-        f"bias): {'. '.join(parts)}."
+        f"Data consistency, 0 updates, {ALONE} with every pixel alone, and {updates} after one call (sinogram "
+        f"PSNR, mean lesion SUVmax bias, mean tissue bias): {'. '.join(parts)}."
     )
 
 
@@ -275,7 +277,7 @@ def _attention(plan: Plan, outcome: Outcome) -> str:
     if not kept:
         return _missing("attention")
     said = []
-    for updates in (0, UPDATES[0]):
+    for updates in (0, UPDATES[-1]):
         parts = []
         for attention, name in (
             ("1", "hot and cold areas"),
@@ -310,7 +312,8 @@ def _attention(plan: Plan, outcome: Outcome) -> str:
 
 
 def _once(attention: str, updates: int, nfe: int = 1) -> str:
-    return label_of({"nfe": nfe, "samples": 1, "attention": attention, "updates": updates})
+    facts = {"nfe": nfe, "samples": 1, "attention": attention, "updates": updates}
+    return label_of({**facts, "neighbourhood_mm": NEIGHBOURHOOD_MM})
 
 
 def _interval(

@@ -12,6 +12,7 @@ Functions take ``(batch, 1, views, bins)`` over half a turn unless they say othe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -20,11 +21,15 @@ import torch
 from torch import Tensor
 
 from allpet.geometry import ParallelBeam
+from allpet.neighbours import AlikeNeighbours
 from allpet.projector import Radon
 from allpet.reconstruction import osem
 from allpet.symmetry import extend
 
 Correction = Literal["bow_tie", "helgason_ludwig", "reproject"]
+NEIGHBOURHOOD_MM = 24.0
+"""Of the neighbours among which ``fit_measured`` shares what the counts say: chosen, with the number of updates, on
+validation patients of the low-dose study (experiments/README.md)."""
 _STEEPEST = 1.5  # power of an update; from 2 on they do not converge
 _EMPTY = 1e-3  # of the largest value; where less is expected, the measured value is not heeded
 
@@ -233,17 +238,24 @@ def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: in
 
 
 def fit_measured(
-    result: Tensor, measured: Tensor, radon: Radon, updates: int, attention: Tensor | None = None
+    result: Tensor,
+    measured: Tensor,
+    radon: Radon,
+    updates: int,
+    attention: Tensor | None = None,
+    neighbourhood_mm: float = NEIGHBOURHOOD_MM,
 ) -> Tensor:
     """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
 
-    Expectation maximisation (Shepp and Vardi 1982) that starts at the images of the results (``quick_image``, which
-    keep no finer detail than few iterations of OSEM do) instead of at a uniform one:
-    ``x_k <- x_k max(R' (y / sum_j R x_j), 0) / R' 1``, the factor to the power of the attention (over-relaxed EM,
-    Lewitt and Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5 are taken in several steps,
-    each with factors of its own). Few updates correct what many counts agree on, as the uptake of a lesion that a
-    network has drawn too faint, and leave to the network what the counts do not say; many fit the noise. Where
-    *measured* was corrected, this is no longer the likelihood of counts: bins weigh as if their variance went with the
+    Kernelised expectation maximisation (Wang and Qi 2015). Images ``x_k`` are those of the results (``quick_image``,
+    which keep no finer detail than few iterations of OSEM do) times the means ``K_k a_k`` of coefficients over
+    neighbours that look alike in them (``AlikeNeighbours``), and the coefficients begin at 1:
+    ``a_k <- a_k max(K_k' (x_k R' (y / sum_j R (x_j K_j a_j))), 0) / K_k' (x_k R' 1)``, the factor to the power of the
+    attention (over-relaxed EM, Lewitt and Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5
+    are taken in several steps, each with factors of its own). Few updates correct what many counts agree on, as the
+    uptake of a lesion that a network has drawn too faint, and leave to the network what the counts do not say; many fit
+    the noise, the later the wider the neighbourhood. Without one this is the EM of Shepp and Vardi (1982). Where
+    *measured* was corrected, it is no longer the likelihood of counts: bins weigh as if their variance went with the
     corrected activity, and negative values, which corrections for randoms and scatter leave, count as they are, for cut
     they would add activity where there is little. Sinograms that are not corrected for attenuation are no projections:
     do not fit them.
@@ -254,36 +266,55 @@ def fit_measured(
         radon: the projector of their geometry.
         updates: how many, each with all views.
         attention: of each pixel, ``(batch or 1, 1, rows, columns)``, finite and not negative; where it is 2, an update
-            counts double. None for 1.
+            counts double, and pixels of other attention do not look alike. None for 1.
+        neighbourhood_mm: full width at half maximum of the neighbourhood; 0 for every pixel alone.
 
     Returns:
         the projections of the images, same shape and units as *result*, never negative.
 
     Raises:
-        ValueError: if the shapes do not fit or ``updates`` is less than 1.
+        ValueError: if the shapes do not fit, ``updates`` is less than 1 or the neighbourhood negative.
     """
+    if not 0 <= neighbourhood_mm < math.inf:
+        raise ValueError(f"neighbourhood_mm is {neighbourhood_mm}, but must be finite and not negative.")
     batch, n_targets = result.shape[:2]
     if updates < 1 or measured.shape != (batch, 1, *radon.sinogram_shape) or result.shape[2:] != measured.shape[2:]:
         raise ValueError(
             f"updates is {updates} and the shapes are {tuple(result.shape)} and {tuple(measured.shape)}; expected at "
             f"least 1, (batch, targets, *{radon.sinogram_shape}) and (batch, 1, *{radon.sinogram_shape})."
         )
-    image = quick_image(result.flatten(0, 1)[:, None], radon)
-    seen = radon.backproject(torch.ones_like(measured[:1]))
+    start = quick_image(result.flatten(0, 1)[:, None], radon)
+    mean, spread = _among_alike(start, attention, neighbourhood_mm, radon.geometry.pixel_mm)
+    seen = spread(start * radon.backproject(torch.ones_like(measured[:1])))
+    coefficient, image = torch.ones_like(start), start
     # Bins that are all but empty say nothing: a ratio to next to nothing is noise.
     empty = _EMPTY * result.sum(1, keepdim=True).amax((2, 3), keepdim=True)
     powers: list[Tensor | None] = [None]
     if attention is not None:
         parts = max(1, math.ceil(float(attention.amax()) / _STEEPEST))
-        powers = [(attention - _STEEPEST * part).clamp(0, _STEEPEST) for part in range(parts)]
+        whole = attention.expand(batch, -1, -1, -1).repeat_interleave(n_targets, 0)
+        powers = [(whole - _STEEPEST * part).clamp(0, _STEEPEST) for part in range(parts)]
     for power in powers * updates:
         total = radon.project(image).unflatten(0, (batch, n_targets)).sum(1)
         ratio = torch.where(total > empty, measured / torch.where(total > empty, total, 1), 1)
-        factor = radon.backproject(ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
-        if power is not None:
-            factor = factor**power
-        image = image * factor.repeat_interleave(n_targets, 0)
+        explained = spread(start * radon.backproject(ratio).repeat_interleave(n_targets, 0))
+        factor = explained.clamp(min=0) / torch.where(seen > 0, seen, 1)
+        coefficient = coefficient * (factor if power is None else factor**power)
+        image = start * mean(coefficient)
     return radon.project(image).view_as(result)
+
+
+def _among_alike(
+    image: Tensor, attention: Tensor | None, fwhm_mm: float, pixel_mm: float
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the mean over neighbours that look alike in image and attention, and its adjoint."""
+    if not fwhm_mm:
+        return (lambda values: values), (lambda values: values)
+    looks = [image]
+    if attention is not None:
+        looks.append(attention.to(image).repeat_interleave(len(image) // len(attention), 0))
+    alike = AlikeNeighbours(torch.cat(looks, dim=1), fwhm_mm, pixel_mm)
+    return alike.mean, alike.spread
 
 
 def make_consistent(sinogram: Tensor, radon: Radon, method: Correction) -> Tensor:

@@ -28,10 +28,11 @@ class BridgeSampling(PairedSampling):
 
     Args:
         nfe: denoiser calls per sample; 1 returns the mean of the targets, as a regression would.
-        samples: see ``PairedSampling``, as the next three.
+        samples: see ``PairedSampling``, as the next four.
         batch_size: latents per denoiser call.
         attention_strength: of a model that attends.
         data_consistency: updates towards what was measured.
+        neighbourhood_mm: of pixels that share them.
         sampler: "dbim", or "heun": DDBM's own, which makes 3 steps - 1 calls (119 for its 40 steps).
         eta: of "dbim": share of fresh noise per step.
         order: of "dbim": 1, 2 or 3.
