@@ -22,8 +22,11 @@ def attention_overlay(
     roi: Tensor | None = None,
     strength: float = 1.0,
     titles: Sequence[str] | None = None,
+    results: Tensor | None = None,
 ) -> Any:
     """Draw for each slice: the quick image, the areas on it, the sinogram, the attention on it, and the attention.
+
+    Where results are fitted to the input, the areas of the result come last, to which the fit attends.
 
     Args:
         attention: the model's.
@@ -31,6 +34,7 @@ def attention_overlay(
         roi: see ``TransparentMedicalAttention``.
         strength: see there.
         titles: of the slices.
+        results: that were fitted, ``(batch, 1, views, bins)``; None where none were.
 
     Returns:
         a matplotlib figure.
@@ -38,6 +42,9 @@ def attention_overlay(
     areas = attention.areas(sinograms, roi)
     attended = attention.attend(areas, strength).cpu()
     images, sinograms = attention.quick_image(sinograms).cpu(), sinograms.cpu()
+    if results is not None:
+        found = attention.areas(results, roi)
+        fitted = attention.quick_image(results).cpu()
     highest = max(float(attended.max()), 1 + 1e-6)
     rows = []
     for i in range(len(sinograms)):
@@ -51,6 +58,8 @@ def attention_overlay(
                 Tile(attended[i, 0], (1, highest), f"attention, 1 to {highest:.2f}"),
             ]
         )
+        if results is not None:
+            rows[-1].append(Tile(tinted_areas(fitted[i, 0], found, i), (0, 1), "result, areas\nthe fit attends to"))
     labels = [""] * len(rows) if titles is None else list(titles)
     return draw_grid(rows, labels, "where the model looks")
 

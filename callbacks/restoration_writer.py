@@ -40,7 +40,7 @@ class RestorationWriter(Callback):
     In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
     one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
     both domains, ``attention.png`` where the model attends or a ROI was given: the ROI, or the areas of the input that
-    the network was shown. The files keep what their inputs say
+    the network was shown and those of the result that a fit attends to. The files keep what their inputs say
     (table, geometry, units, provenance), say that a model has processed them and what has to be said of its task
     (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a slice
     follow one another; the column ``target`` tells them apart.
@@ -117,12 +117,15 @@ class RestorationWriter(Callback):
         attention = pl_module.attention_to(rois[0] if rois else None)
         if attention is not None:
             sinograms = torch.stack([parts["input"] for _, parts, _ in self._shown])
+            fits = pl_module.sampling.fitted(self._last.condition.task[:1], self._last.n_targets)
+            results = torch.stack([parts["sinograms"].sum(0, keepdim=True) for _, parts, _ in self._shown])
             drawn = attention_overlay(
                 attention,
                 sinograms,
                 torch.stack(rois) if rois else None,
                 pl_module.sampling.attention_strength,
                 [title for title, _, _ in self._shown],
+                results if fits else None,
             )
             save_figure(drawn, folder / "attention.png")
             pictures.append("attention.png")

@@ -75,15 +75,16 @@ REMARKS = {
     "bridge_longer and regression_longer have four times the steps; prior "
     "uses stage 2 alone and no pairs; regression_synthetic trains on few real and many generated pairs. ROI "
     "rows are told where the lesions are: no method may know that but by a clinician. updates: of EM, by which "
-    "results are fitted to the input as measured (low dose, separation). The oracles are told the "
-    "truth of every slice: a Gaussian in the sinogram, and OSEM with a Gaussian, projected. All trained methods begin "
-    "at, or are given, the input's OSEM image projected again, beside the input as measured, and see pairs turned and "
-    "mirrored (low dose all the way round, other tasks and multi_task by at most 10 degrees); bridge, regression and "
-    "attention train on the decoded sinogram's error, too, ddbm, conditional and regression_pixels do not. Of ddbm, "
-    "bridge, preconditioning and sampler are as published, the rest is as of ours. bridge_without_* lack one part. "
-    "stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. Stage 1 was "
-    "trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, and what separates two "
-    "tracers is what was learned, not physics.",
+    "results are fitted to the input as measured (low dose, separation), among neighbours that look alike within "
+    "neighbourhood_mm, or every pixel alone (0); both were chosen on other patients (choose_updates). The oracles are "
+    "told the truth of every slice: a Gaussian in the sinogram, and OSEM with a Gaussian, projected. All trained "
+    "methods begin at, or are given, the input's OSEM image projected again, beside the input as measured, and see "
+    "pairs turned and mirrored (low dose all the way round, other tasks and multi_task by at most 10 degrees); bridge,"
+    " regression and attention train on the decoded sinogram's error, too, ddbm, conditional and regression_pixels do "
+    "not. Of ddbm, bridge, preconditioning and sampler are as published, the rest is as of ours. bridge_without_* lack"
+    " one part. stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. "
+    "Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, and what "
+    "separates two tracers is what was learned, not physics.",
 }
 
 

@@ -494,6 +494,11 @@ def test_pictures_show_areas_where_they_are():
     assert len(figure.axes) == 10
     shown = np.asarray(figure.axes[4].images[0].get_array())
     np.testing.assert_allclose(shown, attention(given, roi)[0, 0].numpy(), rtol=1e-5)
+    spot = Radon(GEOMETRY).project(roi.float())
+    figure = attention_overlay(attention, given, results=given + 5 * spot)
+    before, after = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 5))
+    red = [(picture[..., 0] - picture[..., 2] > 0.05)[roi[0, 0].numpy()].any() for picture in (before, after)]
+    assert red == [False, True], "what the fit attends to is seen in the result"
 
 
 def test_the_writer_refuses_what_restores_nothing():
