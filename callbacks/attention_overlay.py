@@ -26,7 +26,7 @@ def attention_overlay(
 ) -> Any:
     """Draw for each slice: the quick image, the areas on it, the sinogram, the attention on it, and the attention.
 
-    Where results are fitted to the input, the areas of the result come last, to which the fit attends.
+    Where results are fitted to the input, their areas come last: the fit attends to those of what the network drew.
 
     Args:
         attention: the model's.
@@ -59,7 +59,7 @@ def attention_overlay(
             ]
         )
         if results is not None:
-            rows[-1].append(Tile(tinted_areas(fitted[i, 0], found, i), (0, 1), "result, areas\nthe fit attends to"))
+            rows[-1].append(Tile(tinted_areas(fitted[i, 0], found, i), (0, 1), "fitted result,\nits areas"))
     labels = [""] * len(rows) if titles is None else list(titles)
     return draw_grid(rows, labels, "where the model looks")
 

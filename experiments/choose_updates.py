@@ -2,9 +2,10 @@
 
     python experiments/choose_updates.py [--publish]
 
-The low-dose bridge of the downstream study, trained if it is not there, restores slices of patients that neither it nor
-the study's tables have seen, by one call; its results are fitted to the input in each way (``allpet.consistency``'s
-``fit_measured``). What the defaults are was read from this table. 6 minutes on one core beside the training.
+The low-dose bridge of the downstream study, trained if it is not there, restores slices of patients that it was not
+trained on and that are not those of the study's tables, by one call; its results are fitted to the input in each way
+(``allpet.consistency``'s ``fit_measured``). The defaults, which separation shares, were read from this table. 6 minutes
+on one core beside the training.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     rows = measure(plan, given.seed, given.patients)
     remarks = (
-        f"Validation patients alone. One call of the low-dose bridge, then updates of EM towards the input as measured "
+        f"Validation patients. One call of the low-dose bridge, then updates of EM towards the input as measured "
         f"(fit_measured), where neighbours that look alike in the result share what the counts say (kernelised EM), or "
         f"every pixel is alone (0 mm). Columns as in the downstream tables. The defaults, {UPDATES[-1]} updates and "
         f"{NEIGHBOURHOOD_MM:g} mm, and {ALONE} alone for comparison, were read from it. {said(rows)}"

@@ -204,6 +204,18 @@ def test_the_likelihood_of_counts_rises_by_every_update_and_neighbours_keep_thei
     assert errors[0] < 0.7 * min(errors[1:])
 
 
+def test_every_update_explains_as_many_counts_as_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As EM does where its sensitivity is right and means and what they are shared out by are adjoint."""
+    monkeypatch.setattr(consistency, "_EMPTY", 0.0)
+    radon = Radon(LAPTOP)
+    for n_targets in (1, 2):
+        truth, faint, _, _ = _faint_and_measured(n_targets)
+        counts = torch.poisson(truth.sum(1, keepdim=True), generator=torch.Generator().manual_seed(5))
+        seen = consistency.reproject(faint.sum(1, keepdim=True), radon) > 0
+        fitted = consistency.fit_measured(faint, counts, radon, 2)
+        torch.testing.assert_close(fitted.sum((1, 2, 3)), (counts * seen).sum((1, 2, 3)), rtol=2e-5, atol=0)
+
+
 def test_a_region_of_interest_is_no_neighbour_of_what_is_outside() -> None:
     """So that a lesion that the network did not draw at all is found where a clinician saw one."""
     truth, _, measured, spots = _faint_and_measured()

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from allpet.neighbours import TAPS, AlikeNeighbours
+from allpet import neighbours
+from allpet.neighbours import AlikeNeighbours
 from allpet.randomness import keyed_generator
 
 
@@ -32,7 +33,6 @@ def test_where_all_is_alike_the_mean_is_a_gaussian_whatever_the_pixels(pixel_mm)
     point = torch.zeros(1, 1, size, size)
     point[..., size // 2, size // 2] = 1
     near = AlikeNeighbours(torch.ones_like(point), 24.0, pixel_mm)
-    assert len(near._shifts) <= TAPS + 1, "a finer grid costs no more per pixel"
     drawn = near.mean(point)[0, 0]
     places = (torch.arange(size) - size // 2) * pixel_mm
     sigma = 24.0 / math.sqrt(8 * math.log(2))
@@ -41,6 +41,17 @@ def test_where_all_is_alike_the_mean_is_a_gaussian_whatever_the_pixels(pixel_mm)
         torch.testing.assert_close(float(share.sum()), 1.0)
         assert abs(float((share * places).sum())) < 0.1 * sigma
         assert float((share * places.square()).sum()) == pytest.approx(sigma**2, rel=0.15)
+
+
+def test_weights_that_are_not_kept_are_the_same(monkeypatch):
+    looks, image = _random(2, 1, 12, 12), _random(2, 1, 12, 12, key="a")
+    kept = AlikeNeighbours(looks, 24.0, 5.0)
+    monkeypatch.setattr(neighbours, "_MOST_KEPT", 0)
+    anew = AlikeNeighbours(looks, 24.0, 5.0)
+    assert anew._kept is None
+    assert kept._kept is not None
+    assert torch.equal(kept.mean(image), anew.mean(image))
+    assert torch.equal(kept.spread(image), anew.spread(image))
 
 
 def test_what_does_not_look_alike_is_no_neighbour():

@@ -313,10 +313,10 @@ def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
 
 
 def expanded(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one flat dictionary per line of the finished rows."""
+    """Return one flat dictionary per line of the finished rows; of before there were neighbours, lines say nothing."""
     shared = [{name: value for name, value in row.items() if name != "lines"} for row in done]
     return [
-        {**facts, **{name: value for name, value in line.items() if name != "calibration"}}
+        {**facts, "neighbourhood_mm": 0.0, **{name: value for name, value in line.items() if name != "calibration"}}
         for facts, row in zip(shared, done, strict=True)
         for line in row["lines"]
     ]

@@ -247,9 +247,9 @@ def fit_measured(
 ) -> Tensor:
     """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
 
-    Kernelised expectation maximisation (Wang and Qi 2015). Images ``x_k`` are those of the results (``quick_image``,
-    which keep no finer detail than few iterations of OSEM do) times the means ``K_k a_k`` of coefficients over
-    neighbours that look alike in them (``AlikeNeighbours``), and the coefficients begin at 1:
+    Kernelised expectation maximisation (Wang and Qi 2015, whose ``x_k`` is 1). Images are ``x_k K_k a_k``: those of the
+    results (``quick_image``, which keep no finer detail than few iterations of OSEM do) times the means of coefficients
+    over neighbours that look alike in them (``AlikeNeighbours``). The coefficients begin at 1:
     ``a_k <- a_k max(K_k' (x_k R' (y / sum_j R (x_j K_j a_j))), 0) / K_k' (x_k R' 1)``, the factor to the power of the
     attention (over-relaxed EM, Lewitt and Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5
     are taken in several steps, each with factors of its own). Few updates correct what many counts agree on, as the
@@ -266,7 +266,7 @@ def fit_measured(
         radon: the projector of their geometry.
         updates: how many, each with all views.
         attention: of each pixel, ``(batch or 1, 1, rows, columns)``, finite and not negative; where it is 2, an update
-            counts double, and pixels of other attention do not look alike. None for 1.
+            counts double, and pixels of half or twice the attention do not look alike. None for 1.
         neighbourhood_mm: full width at half maximum of the neighbourhood; 0 for every pixel alone.
 
     Returns:

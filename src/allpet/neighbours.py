@@ -19,14 +19,15 @@ TAPS = 64
 ALIKE = 0.2
 """Standard deviation of the difference in the logarithm of what is compared: 20 % more uptake is as far as that."""
 _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+_MOST_KEPT = 2**26  # weights, a quarter of a gibibyte
 _FAINT = 1e-3  # of the largest value; what is less is alike
 
 
 class AlikeNeighbours:
     """Mean over the neighbours of each pixel, weighed by nearness and likeness (a bilateral filter), and its adjoint.
 
-    The neighbourhood is a Gaussian, by points of equal weight on a spiral. Weights are computed where they are used,
-    not kept: those of an image of 512 x 512 would need 64 MiB.
+    The neighbourhood is a Gaussian, by points of equal weight on a spiral and the pixel itself. Weights are kept where
+    they are not many, else computed whenever they are used: those of an image of 512 x 512 would need 64 MiB.
 
     Args:
         looks: by which pixels are compared, ``(batch, looks, rows, columns)``, not negative, as uptake; by logarithm.
@@ -38,21 +39,23 @@ class AlikeNeighbours:
         top = looks.amax((2, 3), keepdim=True)
         self.looks = (looks.clamp(min=0) + _FAINT * top + torch.finfo(looks.dtype).tiny).log() / ALIKE
         self._shifts = _spiral(fwhm_mm / pixel_mm, tuple(looks.shape[2:]))
+        few = len(self._shifts) * looks[:, 0].numel() <= _MOST_KEPT
+        self._kept = list(self._weights()) if few else None
         self._total = torch.zeros_like(looks[:, :1])
-        for here, _, weight in self._weights():
+        for here, _, weight in self._kept or self._weights():
             self._total[here] += weight
 
     def mean(self, image: Tensor) -> Tensor:
         """Return the means, ``(batch, 1, rows, columns)`` as *image*; an even image stays."""
         found = torch.zeros_like(image)
-        for here, there, weight in self._weights():
+        for here, there, weight in self._kept or self._weights():
             found[here] += weight * image[there]
         return found / self._total
 
     def spread(self, image: Tensor) -> Tensor:
         """Return what is adjoint to ``mean``: each pixel's value shared out among those that it is the mean of."""
         found, share = torch.zeros_like(image), image / self._total
-        for here, there, weight in self._weights():
+        for here, there, weight in self._kept or self._weights():
             found[there] += weight * share[here]
         return found
 
