@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from allpet import ParallelBeam
@@ -75,9 +74,3 @@ def test_the_defaults_are_held_beside_what_is_best_alone():
     text = choose_updates.said(rows)
     assert "reduction 20: 4 alone 32.00 dB, lesions -4.0 %, tissues 3.0 %; 16 alone 31.00 dB" in text
     assert "16 among neighbours 33.00 dB, lesions -16.0 %" in text
-
-
-@pytest.mark.parametrize("words", [["--patients", "x"], ["--nothing"]])
-def test_unknown_words_are_refused(words):
-    with pytest.raises(SystemExit):
-        choose_updates.main(words)

@@ -38,7 +38,7 @@ from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.simulation.tissues import LABELS
 from allpet.systems.knowledge import Knowledge, TaskKnowledge, level
-from allpet.systems.paired import PairedSampling
+from allpet.systems.paired import PairedSampling, Restored
 from callbacks.attention_overlay import attention_overlay, tinted_areas
 from callbacks.restoration_writer import restoration_gallery
 from data_modules import SinogramsToRestore
@@ -95,8 +95,7 @@ def folder(slices, tmp_path) -> Path:
 def restore(model: Path, folder: Path, *options: str) -> Path:
     root = folder.parent / "restored"
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--run.root", str(root)]
-    # 16 updates, as the file says, would make much of rounding where a network is hardly trained
-    small = ["--model.sampling.nfe", "2", "--model.sampling.samples", "3", "--model.sampling.data_consistency", "4"]
+    small = ["--model.sampling.nfe", "2", "--model.sampling.samples", "3"]
     words = ["--model.folder", str(model), "--data.folder", str(folder), "--data.dose", "0.1"]
     main([*RESTORE, *quiet, *small, *words, *options])
     return max(root.iterdir())
@@ -127,8 +126,11 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
         ("p8/bare.npy", 0),
         ("p8/bare.npy", 1),
     ]
-    sampling = type(system.sampling)(nfe=2, samples=3, data_consistency=4)
-    by_hand = system.restore(batch.input, batch.condition, batch.seed.tolist(), sampling)
+    sampling = type(system.sampling)(nfe=2, samples=3, data_consistency=16)  # as the file says
+    # in the batches of the run: sixteen updates of what is hardly trained make much of rounding
+    pieces = [data.batch(rows) for rows in (range(2), range(2, 4), range(4, 5))]
+    parts_by_hand = [system.restore(one.input, one.condition, one.seed.tolist(), sampling) for one in pieces]
+    by_hand = Restored.of(torch.cat([one.samples for one in parts_by_hand], dim=1))
     written = [read_scan(run / part / "p7/scan.h5") for part in parts]
     tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(by_hand.mean.max())}
     torch.testing.assert_close(torch.from_numpy(written[0].values), by_hand.mean[:3, 0], **tolerance)
@@ -155,9 +157,10 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
 def test_values_of_unknown_units_are_brought_to_the_models_and_back(model, folder, slices, tmp_path):
     counts = tmp_path / "counts"
     counts.mkdir()
+    few = ["--model.sampling.data_consistency", "4"]  # more updates of what is hardly trained make much of rounding
     for factor in (1, 1000):
         np.save(counts / "x.npy", factor * slices[:2])
-        run = restore(model, counts)
+        run = restore(model, counts, *few)
         if factor == 1:
             first = read_scan(run / "sinograms/x.h5").values
     np.testing.assert_allclose(read_scan(run / "sinograms/x.h5").values, 1000 * first, rtol=1e-2)
@@ -189,12 +192,12 @@ def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):
     assert (run / "attention.png").exists()
     data = SinogramsToRestore(str(folder), dose=0.1)
     data.setup()
-    batch = data.batch([0, 1, 2])
+    batch = data.batch(range(5))  # as the run does
     method = PriorRestoration.from_pretrained(tmp_path / "ldm")
-    sampling = PairedSampling(nfe=2, samples=3, data_consistency=4)
-    roi = roi_box(GEOMETRY, (-60, 0), (0, 60)).expand(3, -1, -1, -1)
+    sampling = PairedSampling(nfe=2, samples=3, data_consistency=16)
+    roi = roi_box(GEOMETRY, (-60, 0), (0, 60)).expand(5, -1, -1, -1)
     seeds = batch.seed.tolist()
-    by_hand = method.restore(2 * batch.input, batch.condition, seeds, sampling, roi=roi).mean[:, 0] / 2
+    by_hand = method.restore(2 * batch.input, batch.condition, seeds, sampling, roi=roi).mean[:3, 0] / 2
     written = torch.from_numpy(read_scan(run / "sinograms/p7/scan.h5").values)
     torch.testing.assert_close(written, by_hand, rtol=1e-3, atol=1e-3 * float(by_hand.max()))
     data.trainer = SimpleNamespace(lightning_module=method)
@@ -498,7 +501,7 @@ def test_pictures_show_areas_where_they_are():
     figure = attention_overlay(attention, given, results=given + 5 * spot)
     before, after = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 5))
     red = [(picture[..., 0] - picture[..., 2] > 0.05)[roi[0, 0].numpy()].any() for picture in (before, after)]
-    assert red == [False, True], "what the fit attends to is seen in the result"
+    assert red == [False, True], "areas of the result are drawn on the result"
 
 
 def test_the_writer_refuses_what_restores_nothing():
