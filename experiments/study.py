@@ -7,12 +7,14 @@
 compute; ``baselines``: beside what else makes sinograms; ``downstream``: a downstream task beside what else solves it.
 Given again, the command goes on where it was: finished rows are kept in ``outputs/studies/NAME/rows``. It leaves
 ``outputs/reports/study_NAME.json``, ``.md`` and ``.png`` (``downstream_TASK``); rows that were not run are listed
-there. ``--publish`` writes them to ``experiments/results``, too.
+there. ``--publish`` writes them to ``experiments/results``, too. ``--label WORD`` makes a table of its own of other
+settings (``outputs/studies/WORD_NAME``, ``study_WORD_NAME.json``).
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=245, help="generated slices per row")
     parser.add_argument("--sampler", default="dpm++2m")
     parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--label", help="names a table of its own, beside the usual one: other budgets, for example")
     parser.add_argument("--n", type=int, default=500, help="training slices of the baselines and of stages 1 and 2")
     parser.add_argument("--task", choices=TASKS, default="low_dose", help="of the downstream study, as all up to scale")
     parser.add_argument("--pairs", type=int, default=500)
@@ -114,9 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = Budget.of(options.scale) if options.study == "downstream" else Budget(300, 400)
     budget = Budget(options.vae_steps or usual.vae, options.ldm_steps or usual.ldm)
     sampling = Sampling(options.sampler, options.sampling_steps, guidance=GUIDANCE)
+    if options.label and not re.fullmatch(r"[A-Za-z0-9_]+", options.label):
+        parser.error(f"--label is {options.label!r}, but must be of letters, digits and _: files are named by it.")
     if options.study == "downstream":
+        if options.label:
+            parser.error("--label is for the other studies: give downstream tables an --output and --reports instead.")
         return downstream_study(options, budget)
-    folder = options.output / options.study
+    folder = options.output / _named(options)
     bench = Bench(options.output, options.cache, None, options.samples)
     if options.study == "few_shot":
         rows = few_shot.rows(bench, budget, options.seeds, sampling)
@@ -181,9 +188,9 @@ def finish(options: argparse.Namespace, outcome: Outcome, path: Path) -> None:
 
 def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outcome, last: bool = False) -> Path:
     """Write the report of what there is so far; intervals, which take minutes, at the last."""
-    name = f"study_{options.study}"
+    name = f"study_{_named(options)}"
     more: dict[str, Any] = {
-        "title": TITLES[options.study],
+        "title": TITLES[options.study] + (f" ({options.label})" if options.label else ""),
         "not_run": outcome.not_run,
         "row_seconds": outcome.seconds,
     }
@@ -221,6 +228,11 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     seeds = sorted({int(row["seed"]) for row in outcome.done})
     print(table(more["summary"]), *conclusions, sep="\n")
     return write_report(name, outcome.done, seeds, options.reports, **more)
+
+
+def _named(options: argparse.Namespace) -> str:
+    # the label first: the pictures of a report are those whose names begin with its own
+    return f"{options.label}_{options.study}" if options.label else str(options.study)
 
 
 def summary(

@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> Path:
     parser.add_argument("--region", default="open", help="of the folder's pairs")
     parser.add_argument("--dose", type=float, help="of the folder's inputs, a share of the normal one")
     parser.add_argument("--gain", type=float, help="what the folder's values are multiplied by, as of make finetune")
-    parser.add_argument("--guidance", type=float, default=1.5, help="of stage 2 (1.5)")
+    parser.add_argument("--guidance", type=float, default=Sampling().guidance, help="of stage 2 (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first pair; the next has one more (0)")
     parser.add_argument("--output", type=Path, help="default: outputs/pairs/TASK.safetensors")
     options = parser.parse_args(words)

@@ -295,7 +295,7 @@ def differences(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> D
     """
     methods = list(dict.fromkeys(row["method"] for row in done))
     seeds = set.intersection(*({row["seed"] for row in done if row["method"] == name} for name in methods))
-    test = bench.held_out.test_set
+    test = bench.real_set
     real = test[list(range(len(test)))]
     sets = {
         name: samples_of(folder, [row for row in done if row["method"] == name and row["seed"] in seeds])
@@ -380,7 +380,7 @@ def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path,
 
     Slices are those of the first FDG brain prompts, not chosen.
     """
-    test = bench.held_out.test_set
+    test = bench.real_set
     names = test.prompt.names()
     radon = Radon(bench.held_out.geometry)
     shown: list[tuple[str, Tensor]] = [

@@ -290,7 +290,7 @@ def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 2
     if not at_500 or (2000, "nothing") not in by_group:
         return {"said": "Rows with 500 slices or with 2,000 and no augmentation are missing: nothing to compare yet."}
     best = min(at_500, key=at_500.__getitem__)
-    test, others = bench.held_out.test_set, bench.data(2000).train_set
+    test, others = bench.real_set, bench.data(2000).train_set
     sets = {
         "few": samples_of(folder, by_group[500, best]),
         "many": samples_of(folder, by_group[2000, "nothing"]),

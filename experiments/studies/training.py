@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import yaml
@@ -34,11 +34,12 @@ from allpet.reconstruction import fbp
 from allpet.runs import newest_pretrained
 from allpet.systems.sampling import Samples, add_counting_noise, finish
 from data_modules import SimulatedPET, SinogramDataModule
+from data_modules.base import SinogramSet
 from data_modules.simulated import PAPER_PROMPTS
 
 VAL_PATIENTS, TEST_PATIENTS = 35, 70
-GUIDANCE = 1.5
-"""Of all samples of ours that a study does not guide otherwise."""
+GUIDANCE = Sampling().guidance
+"""Of all samples of ours that a study does not guide otherwise; ``choose_guidance.py`` chose it."""
 HERE = Path(__file__).parents[1]
 Data = TypeVar("Data", bound=SinogramDataModule)
 System = TypeVar("System", bound=LightningModule)
@@ -220,10 +221,14 @@ class Bench:
         cache: folder of simulated slices.
         encoder: exported stage 1 whose features are compared; None leaves them out.
         samples: generated slices per row, at most; prompts are those of held-out slices.
+        part: whose slices are held out: of the "test" patients, or of those to "val"idate on, by which settings are
+            chosen.
     """
 
-    def __init__(self, folder: Path, cache: str, encoder: Path | None, samples: int = 245) -> None:
-        self.folder, self.cache, self.encoder, self.samples = folder, cache, encoder, samples
+    def __init__(
+        self, folder: Path, cache: str, encoder: Path | None, samples: int = 245, part: Literal["val", "test"] = "test"
+    ) -> None:
+        self.folder, self.cache, self.encoder, self.samples, self.part = folder, cache, encoder, samples, part
 
     def data(self, n: int) -> SimulatedPET:
         """Return the data module of n training slices, set up, without augmentation."""
@@ -240,8 +245,13 @@ class Bench:
 
     @cached_property
     def held_out(self) -> SimulatedPET:
-        """The data module whose test slices everything is compared with."""
+        """The data module whose ``real_set`` everything is compared with."""
         return self.data(500)
+
+    @property
+    def real_set(self) -> SinogramSet:
+        """The held-out slices."""
+        return self.held_out.val_set if self.part == "val" else self.held_out.test_set
 
     @cached_property
     def classifier(self) -> PromptClassifier:
@@ -262,13 +272,13 @@ class Bench:
 
     def rows(self) -> Tensor:
         """Test slices whose prompts are asked for, spread evenly over the test patients."""
-        n = len(self.held_out.test_set)
+        n = len(self.real_set)
         return torch.linspace(0, n - 1, min(self.samples, n)).round().long()
 
     def generate(self, generator: Generates, seed: int, **options: Any) -> tuple[Tensor, Prompt]:
         """Generate one slice for every chosen test slice's prompt."""
         rows = self.rows()
-        whole = self.held_out.test_set.prompt
+        whole = self.real_set.prompt
         prompt = Prompt(whole.tracer[rows], whole.region[rows])
         seeds = range(10_000 * seed, 10_000 * seed + len(rows))
         return generator.sample(prompt, seeds, **options).sinogram.float(), prompt
@@ -278,7 +288,7 @@ class Bench:
         """What ``power`` finds in 500 training slices, as expected, over the held-out ones: other real patients."""
         radon = Radon(self.held_out.geometry)
         spectra = []
-        for part in (self.held_out.test_set, self.held_out.train_set):
+        for part in (self.real_set, self.held_out.train_set):
             expected = part[list(range(len(part)))].expected
             images = [fbp(radon, piece) for piece in expected.split(64)]
             found = [radial_power_spectrum(image, radon.geometry.pixel_mm) for image in images]
@@ -294,7 +304,7 @@ class Bench:
             n: training slices, for the copy test; 0 leaves it out.
             noisy: compare with noisy slices; with expected ones otherwise.
         """
-        test = self.held_out.test_set
+        test = self.real_set
         batch = test[list(range(len(test)))]
         encoder = None
         if self.encoder is not None:
@@ -319,7 +329,7 @@ class Bench:
 
     def with_noise(self, fake: Tensor) -> Tensor:
         """Add counting noise as strong as that of the held-out slices, see ``renoise``."""
-        test = self.held_out.test_set
+        test = self.real_set
         batch = test[list(range(len(test)))]
         return renoise(fake, batch.sinogram, batch.expected)
 
@@ -342,7 +352,7 @@ class Bench:
         if not isinstance(getattr(generator, "autoencoder", None), Autoencoder):
             return {}
         geometry = self.held_out.geometry
-        test, train_set = self.held_out.test_set, self.data(n).train_set
+        test, train_set = self.real_set, self.data(n).train_set
         held_out, slices = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
         rows = torch.linspace(0, len(slices.sinogram) - 1, min(self.samples, len(slices.sinogram))).round().long()
         copies = through_stage1(generator, slices.sinogram[rows])
@@ -374,7 +384,7 @@ class Bench:
 
     def use(self, fake: Tensor, n: int) -> dict[str, float]:
         """Train a small denoiser on generated slices and use it on held-out ones, beside one that saw n real slices."""
-        test, train_set = self.held_out.test_set, self.data(n).train_set
+        test, train_set = self.real_set, self.data(n).train_set
         held_out, known = test[list(range(len(test)))], train_set[list(range(len(train_set)))]
         found = denoising_utility(fake, known.expected, held_out.sinogram, held_out.expected)
         return {f"utility_{name}": value for name, value in found._asdict().items()}

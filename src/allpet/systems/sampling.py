@@ -30,6 +30,8 @@ class Sampling:
             DDPM's fresh noise at every step mends errors of short trainings.
         steps: of the sampler, 1..1000; with guidance two denoiser calls each.
         guidance: weight of the prompt; 1 is the plain conditional model, 0 ignores the prompt, above 1 exaggerates it.
+            Distances of samples to slices of validation patients were least by 1.75 to 2 (``experiments/README.md``,
+            how strongly samples are guided).
         region_guidance: weight of the region, where it is to differ; ``guidance`` is then that of the tracer alone
             (three denoiser calls per step).
         guidance_interval: smallest and largest time at which guidance acts, as shares of the last time; guidance in
@@ -52,7 +54,7 @@ class Sampling:
 
     sampler: SamplerName = "dpm++2m"
     steps: int = 20
-    guidance: float = 1.5
+    guidance: float = 1.75
     region_guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     fill_open: bool = True
