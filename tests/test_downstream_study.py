@@ -217,7 +217,8 @@ def _plan(folder: Path, held_out: HeldOut) -> Plan:
 
 def row(method: str, seed: int = 0, pairs: int = 500, **lines: Any) -> dict[str, Any]:
     """A finished row of one line."""
-    shown: dict[str, Any] = {"nfe": 1, "samples": 1, "attention": "", "updates": 0, "neighbourhood_mm": 0.0}
+    shown: dict[str, Any] = {"nfe": 1, "samples": 1, "turned": False, "attention": "", "updates": 0}
+    shown |= {"neighbourhood_mm": 0.0}
     shown |= {"psnr": 30.0, "ssim": 0.9, "tissue_bias": 0.01, "hl0": 0.01}
     shown |= {"worst_bias": 0.05, "lesion_max_bias": -0.05, "lesion_mean_bias": -0.05, "lesion_mean_bias_abs": 0.06}
     facts = {"row": f"{method}-{seed}", "method": method, "pairs": pairs, "seed": seed}
@@ -305,6 +306,16 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
     text = said("low_dose", covered)
     assert "1 call, mean of 16 samples (1 seed) 80.0 % (70.0 %; 85 to 95 %: does not hold)" in text
     assert "20 calls, mean of 16 samples (1 seed) 90.0 % (80.0 %; 85 to 95 %: holds)" in text
+    assert "Not all of bridge with several samples have been run." in text
+    lying, turned = ({"nfe": 5, "samples": 16, "turned": way, "coverage_90": 0.7 + 0.1 * way} for way in (False, True))
+    once = {"nfe": 1, "samples": 16, "turned": True, "psnr": 34.0}
+    drawn = [
+        row("bridge", coverage_90_quantile=0.6, **given) for given in (lying, turned, {**once, "coverage_90": 0.5})
+    ]
+    text = said("conversion", row("bridge"), *drawn, row("regression"))
+    assert "bridge, one call 30.00 dB, lesions -5.0 %, tissues 1.0 %, one call in 16 orientations 34.00 dB" in text
+    assert "mean of 16 samples (1 seed) 30.00 dB, lesions -5.0 %, tissues 1.0 %, 90 % intervals hold 70.0 %" in text
+    assert "mean of 16 turned samples (1 seed) 30.00 dB, lesions -5.0 %, tissues 1.0 %, 80.0 %." in text
 
 
 def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):

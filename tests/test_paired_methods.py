@@ -209,7 +209,7 @@ def test_the_error_of_the_sinogram_is_that_of_what_is_decoded(name, data, tmp_pa
     torch.testing.assert_close(whole - system._loss(batch, ("x",)), 3 * lost, rtol=1e-3, atol=1e-6)
     system.errors = errors
     source = system._latents(batch)[1]
-    focus = system.focus(system._scaled(batch), source, 1.0)
+    focus = system.focus(system._scaled(batch), source, None)
     gradients = []
     for at_once in (None, 2):
         system.decode_batch = at_once
@@ -279,7 +279,7 @@ def test_what_the_network_is_given_besides_has_unit_size(data, tmp_path):
     system = fitted(tmp_path, data, 1, reproject=1)
     batch = data.train_set[list(range(12))]
     given = batch.input / system.input_scale(batch.task)
-    further = system.focus(given, system._encode(given), 1.0).further
+    further = system.focus(given, system._encode(given), None).further
     torch.testing.assert_close(further.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(further.var((0, 2, 3)), torch.ones(4), rtol=1e-4, atol=0)
 
@@ -509,23 +509,23 @@ def test_gain_emphasises_the_condition_and_not_the_source(data):
     system, given = attending("gain"), data.test_set[[0, 1]].input
     source = system._encode(given)
     attended = system.attention(given, roi(5, 6), 2.0)
-    focus = system.focus(given, source, 2.0, roi(5, 6))
+    focus = system.focus(given, source, attended)
     torch.testing.assert_close(focus.source, system._encode(given * attended))
     assert focus.further is None
     assert focus.weight is None
-    assert system.focus(given, source, 0.0).source.equal(source)
+    assert system.focus(given, source, system.attend(given, None, 0.0)).source.equal(source)
 
 
 def test_channel_and_weight_lie_on_the_grid_of_the_latent(data):
     system, given = attending("channel", "loss"), data.test_set[[0, 1]].input
     source = system._encode(given)
-    focus = system.focus(given, source, 1.5, roi(3, 11))
+    focus = system.focus(given, source, system.attend(given, roi(3, 11), 1.5))
     assert focus.source is source
     assert focus.further.shape == focus.weight.shape == (2, 1, *source.shape[2:])
     extra = system.attention(given, roi(3, 11), 1.5) - 1
     torch.testing.assert_close(focus.further.mean((2, 3)), extra.mean((2, 3)))
     torch.testing.assert_close(focus.weight.mean((1, 2, 3)), torch.ones(2))
-    half = system.focus(given, source, 0.75, roi(3, 11)).further
+    half = system.focus(given, source, system.attend(given, roi(3, 11), 0.75)).further
     torch.testing.assert_close(2 * half, focus.further)
 
 

@@ -54,8 +54,10 @@ WITHOUT = {
 LONGER = {"bridge_longer": "bridge", "regression_longer": "regression"}
 """What is trained ``TIMES`` as long as all others, and what it is otherwise."""
 TIMES = 4
+SEVERAL = ("bridge", "regression", "regression_pixels")
+"""Methods of which the mean of several one-call samples is judged, too, each in an orientation of its own."""
 UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
-_NONE = {"nfe": 0, "samples": 1, "attention": "", "updates": 0, "neighbourhood_mm": 0.0}  # calls no network
+_NONE = {"nfe": 0, "samples": 1, "turned": False, "attention": "", "updates": 0, "neighbourhood_mm": 0.0}  # no network
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
 
@@ -87,6 +89,10 @@ def rows(plan: Plan) -> list[Row]:
             facts["recipe"] = plan.recipe(overlay, "multi_task" if method == "multi_task" else None)
         if method in LONGER:
             facts["steps"] *= TIMES
+        if method in SEVERAL and pairs == plan.pairs:
+            facts["several"] = "turned"
+        if method == "regression_synthetic":
+            facts["guidance"] = SAMPLING.guidance
         if method.endswith("oracle"):
             facts["told"] = "each slice"
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
@@ -143,7 +149,7 @@ def _measure(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> di
 def label_of(facts: dict[str, Any]) -> str:
     """Return the name of a line in ``scores.pt`` and ``pictures.pt``."""
     updates = f"-{facts['updates']}" + "-alone" * (not facts["neighbourhood_mm"]) if facts["updates"] else ""
-    return f"{facts['nfe']}-{facts['samples']}-{facts['attention']}{updates}"
+    return f"{facts['nfe']}-{facts['samples']}-{facts['attention']}{updates}" + "-turned" * facts["turned"]
 
 
 def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iterator[Line]:
@@ -176,6 +182,8 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         if pairs == plan.pairs and method in ("bridge", "regression", "regression_pixels", *LONGER):
             for fitted in _fitted(plan, once):
                 yield _line(plan, system, fitted)
+        if pairs == plan.pairs and method in SEVERAL:
+            yield _many(plan, system, replace(once, samples=plan.samples))
         if pairs == plan.pairs and method == "bridge":
             for several in _several(plan):
                 yield _many(plan, system, several)
@@ -230,7 +238,8 @@ def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, *
 def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
     """Return what tells lines of a row apart."""
     near = sampling.neighbourhood_mm if sampling.data_consistency else 0.0
-    kept = {"nfe": sampling.nfe, "samples": sampling.samples, "attention": attention}
+    kept = {"nfe": sampling.nfe, "samples": sampling.samples, "turned": sampling.turned and sampling.samples > 1}
+    kept["attention"] = attention
     return kept | {"updates": sampling.data_consistency, "neighbourhood_mm": near}
 
 
@@ -246,7 +255,7 @@ def _several(plan: Plan) -> list[PairedSampling]:
     """Return the ways whose intervals are judged; of low dose, where they are asked for, also with many calls."""
     few = BridgeSampling(nfe=5, samples=plan.samples)
     many = [replace(few, nfe=20)] if plan.task == "low_dose" else []
-    return [few, *_fitted(plan, few)[-1:], *many]
+    return [replace(few, turned=False), few, *_fitted(plan, few)[-1:], *many]
 
 
 def _line(plan: Plan, system: PairedSystem | PriorRestoration, sampling: PairedSampling) -> Line:
@@ -313,10 +322,11 @@ def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
 
 
 def expanded(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one flat dictionary per line of the finished rows; of before there were neighbours, lines say nothing."""
+    """Return one flat dictionary per line of the finished rows; of what came later, earlier lines say nothing."""
     shared = [{name: value for name, value in row.items() if name != "lines"} for row in done]
+    later = {"turned": False, "neighbourhood_mm": 0.0}
     return [
-        {**facts, "neighbourhood_mm": 0.0, **{name: value for name, value in line.items() if name != "calibration"}}
+        {**facts, **later, **{name: value for name, value in line.items() if name != "calibration"}}
         for facts, row in zip(shared, done, strict=True)
         for line in row["lines"]
     ]

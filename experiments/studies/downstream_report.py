@@ -21,7 +21,7 @@ from allpet.prompts import TRACERS
 from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import LONGER, TIMES, WITHOUT, expanded, label_of
+from studies.downstream import LONGER, SEVERAL, TIMES, WITHOUT, expanded, label_of
 from studies.downstream_plan import ALONE, REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
@@ -47,7 +47,7 @@ SHOWN = {
     "line_seconds": "seconds",
 }
 """Columns of the table, and what they are called there; those that end in % are shares in the rows."""
-_GROUP = ("method", "pairs", "nfe", "samples", "attention", "updates", "neighbourhood_mm")
+_GROUP = ("method", "pairs", "nfe", "samples", "turned", "attention", "updates", "neighbourhood_mm")
 _PICTURED = {
     "gauss_oracle": [(0, 0)],
     "osem_oracle": [(0, 0)],
@@ -90,16 +90,19 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
             _dbim_against_ddbm(found),
             _attention(plan, outcome),
             _coverage(found),
+            _turning(found),
             _pretraining(found, plan, outcome),
             _prior(found),
             _parts(plan, outcome),
         ]
     elif plan.task == "attenuation":
         said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
+        said.append(_turning(found))
     else:
         said = [_biases_beside(found, other) for other in ("identity", "regression")]
         if plan.task in MEASURING:
             said.append(_fitting(found))
+        said.append(_turning(found))
     return [*said, _one_for_all(found), _longer(found), _synthesis(found, plan, outcome)]
 
 
@@ -137,7 +140,7 @@ def named(group: Lines) -> str:
     """Say which method and way to sample a group is."""
     line = group[0]
     calls = f", {line['nfe']} call{'s' * (line['nfe'] != 1)}" if line["nfe"] else ""
-    many = f", mean of {line['samples']} samples" if line["samples"] > 1 else ""
+    many = f", mean of {line['samples']}{' turned' * line['turned']} samples" if line["samples"] > 1 else ""
     attention = f", attention {line['attention']}" if line["attention"] else ""
     updates = f", {line['updates']} updates of data consistency" if line["updates"] else ""
     updates += ", every pixel alone" * bool(line["updates"] and not line["neighbourhood_mm"])
@@ -312,7 +315,7 @@ def _attention(plan: Plan, outcome: Outcome) -> str:
 
 
 def _once(attention: str, updates: int, nfe: int = 1) -> str:
-    facts = {"nfe": nfe, "samples": 1, "attention": attention, "updates": updates}
+    facts = {"nfe": nfe, "samples": 1, "turned": False, "attention": attention, "updates": updates}
     return label_of({**facts, "neighbourhood_mm": NEIGHBOURHOOD_MM})
 
 
@@ -341,6 +344,26 @@ def _coverage(found: _Found) -> str:
         "The 90 % interval of several samples, mean +- 1.645 std (or between their quantiles), holds the truth in so "
         f"many of the object's bins: {'; '.join(parts)}. The calibration curve says how far off."
     )
+
+
+def _turning(found: _Found) -> str:
+    """Say what orientations bring: to one call, and to as many samples as are drawn without."""
+    parts = []
+    for method in SEVERAL:
+        one, several = found.of(method, nfe=1, samples=1, updates=0), found.of(method, nfe=1, turned=True, updates=0)
+        if one and several:
+            count = f"one call in {several[0]['samples']} orientations"
+            parts.append(f"{method}, one call {_in_short(one)}, {count} {_in_short(several)}")
+    lying, turned = (found.of("bridge", nfe=5, turned=way, updates=0) for way in (False, True))
+    if (lying := [line for line in lying if line["samples"] > 1]) and turned:
+        shares = [f"{100 * over(group, 'coverage_90'):.1f} %" for group in (lying, turned)]
+        parts.append(
+            f"{named(lying)} {_in_short(lying)}, 90 % intervals hold {shares[0]}; {named(turned)} {_in_short(turned)}, "
+            f"{shares[1]}"
+        )
+    if not parts:
+        return _missing("bridge with several samples")
+    return f"Samples drawn in orientations of their own (PSNR, lesions, tissues as above): {'. '.join(parts)}."
 
 
 def _pretraining(found: _Found, plan: Plan, outcome: Outcome) -> str:
@@ -413,7 +436,7 @@ def _biases_beside(found: _Found, other: str) -> str:
 
 
 def _one_for_all(found: _Found) -> str:
-    one, own = found.of("multi_task", nfe=1, updates=0), found.of("bridge", nfe=1, updates=0)
+    one, own = (found.of(name, nfe=1, samples=1, updates=0) for name in ("multi_task", "bridge"))
     if not one or not own:
         return _missing("multi_task", "bridge")
     return (
@@ -478,7 +501,8 @@ def curves(done: Lines) -> dict[str, list[list[dict[str, float]]]]:
     found: dict[str, list[list[dict[str, float]]]] = {}
     for line in (line for row in done for line in row["lines"] if "calibration" in line):
         updates = f", {line['updates']} updates" if line["updates"] else ""
-        found.setdefault(f"{line['nfe']} calls{updates}", []).append(line["calibration"])
+        turned = ", turned" if line.get("turned") else ""
+        found.setdefault(f"{line['nfe']} calls{turned}{updates}", []).append(line["calibration"])
     return found
 
 

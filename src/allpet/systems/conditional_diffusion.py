@@ -32,11 +32,12 @@ class ConditionalSampling(PairedSampling):
 
     Args:
         nfe: denoiser calls per sample, that is steps.
-        samples: see ``PairedSampling``, as the next four.
+        samples: see ``PairedSampling``, as the next five.
         batch_size: latents per denoiser call.
         attention_strength: of a model that attends.
         data_consistency: updates towards what was measured.
         neighbourhood_mm: of pixels that share them.
+        turned: whether several samples are drawn in several orientations.
         sampler: "ddim" or "ddpm".
         eta: of "ddim": share of fresh noise per step.
     """

@@ -28,11 +28,12 @@ class BridgeSampling(PairedSampling):
 
     Args:
         nfe: denoiser calls per sample; 1 returns the mean of the targets, as a regression would.
-        samples: see ``PairedSampling``, as the next four.
+        samples: see ``PairedSampling``, as the next five.
         batch_size: latents per denoiser call.
         attention_strength: of a model that attends.
         data_consistency: updates towards what was measured.
         neighbourhood_mm: of pixels that share them.
+        turned: whether several samples are drawn in several orientations.
         sampler: "dbim", or "heun": DDBM's own, which makes 3 steps - 1 calls (119 for its 40 steps).
         eta: of "dbim": share of fresh noise per step.
         order: of "dbim": 1, 2 or 3.
@@ -53,7 +54,7 @@ class BridgeSampling(PairedSampling):
 
     @property
     def certain(self) -> bool:
-        """Whether every draw gives the same: the first call returns the mean, noise comes after it."""
+        """Whether every draw in one orientation gives the same: the first call returns the mean, then noise comes."""
         return self.nfe == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from allpet.metrics import psnr, relative_l2
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.denoiser import Denoiser
 from allpet.models.pixel_space import PixelSpace
+from allpet.orientations import Orientation, Orientations
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.randomness import keyed_generator
@@ -87,7 +88,10 @@ class PairedSampling:
             1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``:
             in the ROI, or in the hot and cold areas of what the network has drawn.
         neighbourhood_mm: full width at half maximum of the neighbours that look alike among which updates share what
-            the counts say: less bias for as much noise; 0 for every pixel alone.
+            what the counts say: less bias for as much noise; 0 for every pixel alone.
+        turned: whether each of several samples is drawn in an orientation of its own, of those that the model was
+            trained on (``allpet.orientations``): a better mean, and a spread that says more of its errors, for one more
+            encoding per sample. The first is drawn as the input lies.
     """
 
     nfe: int = 5
@@ -96,6 +100,7 @@ class PairedSampling:
     attention_strength: float = 1.0
     data_consistency: int = 0
     neighbourhood_mm: float = NEIGHBOURHOOD_MM
+    turned: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nfe", "samples", "batch_size"):
@@ -110,7 +115,7 @@ class PairedSampling:
 
     @property
     def certain(self) -> bool:
-        """Whether every draw gives the same."""
+        """Whether every draw in one orientation gives the same."""
         return False
 
     def fitted(self, task: Tensor, n_targets: int) -> list[int]:
@@ -170,7 +175,8 @@ class PairedSystem(LatentSystem):
     The stage-1 encoder sees either sinogram as a stack with an empty mask, all negative. Inputs whose scale is not that
     of the targets, as without attenuation correction, are brought to it by one number for each task. These numbers and
     the moments of the latents, one set for all tasks, are measured when training starts. ``knowledge`` is what the
-    training pairs were, None where that is not known, as of exports of before it was noted.
+    training pairs were, None where that is not known, as of exports of before it was noted; ``orientations`` is how
+    they were turned and mirrored.
 
     With ``reproject`` the source is not the given sinogram but the projection of its image after so many iterations of
     OSEM. What no image could have caused, most of the noise of a low dose among it, is then gone, before anything is
@@ -261,6 +267,7 @@ class PairedSystem(LatentSystem):
         self.sinogram_weight, self.decode_batch = sinogram_weight, decode_batch
         self._attention: TransparentMedicalAttention | None = None
         self.knowledge: Knowledge | None = None
+        self.orientations = Orientations()
         unit = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         self.register_buffer("moments", unit[:, None].repeat(1, channels))
         self.register_buffer("given_moments", unit[[0, 2], None].repeat(1, channels))
@@ -353,9 +360,10 @@ class PairedSystem(LatentSystem):
     def on_fit_start(self) -> None:
         """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same.
 
-        What the pairs are is noted, too.
+        What the pairs are, and how they will be turned, is noted, too.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.orientations = Orientations.seen(getattr(data, "symmetry", None))
         pairs, size = data.train_set, self.sampling.batch_size
         if isinstance(self.autoencoder, PixelSpace):
             self.autoencoder.scaling.set_scale(data.scale)
@@ -456,7 +464,9 @@ class PairedSystem(LatentSystem):
         if self.knowledge is not None:
             self.knowledge.check(condition)
         task = condition.task[::n_targets]
-        if sampling.certain and sampling.samples > 1 and len(sampling.fitted(task, n_targets)) < len(task):
+        differently = sampling.turned and self.geometry and self.orientations.several(self.geometry.n_views)
+        same = sampling.certain and not differently
+        if same and sampling.samples > 1 and len(sampling.fitted(task, n_targets)) < len(task):
             raise ValueError(
                 f"samples is {sampling.samples}, but one call (nfe=1) gives the same each time: use "
                 "--model.sampling.samples=1, or --model.sampling.nfe=2 and more for samples that differ."
@@ -480,15 +490,20 @@ class PairedSystem(LatentSystem):
         condition = move_data_to_device(condition, self.device)
         ratio = self.input_scale(condition.task[::n_targets])
         scaled = given.to(self.device) / ratio
-        source = self._encode(self.starting(scaled))
-        focus = self.focus(scaled, source, strength, roi).repeat(n_targets)
-        source = source.repeat_interleave(n_targets, 0)
-        results = []
+        start, attended = self.starting(scaled), self.attend(scaled, roi, strength)
+        results: list[Tensor] = []
+        lies: Orientation | None = None
         for draw in range(sampling.samples):
+            before, lies = lies, self.orientations.of(draw * sampling.turned, shape[0])
+            if lies != before:
+                source = self._encode(lies.lay(start))
+                shown = None if attended is None else lies.lay(attended)
+                focus = self.focus(lies.lay(scaled), source, shown).repeat(n_targets)
+                source = source.repeat_interleave(n_targets, 0)
             keys = [(seed, draw, k) for seed in seeds for k in range(n_targets)]
             pieces = []
-            for start in range(0, len(source), sampling.batch_size):
-                rows = slice(start, start + sampling.batch_size)
+            for first in range(0, len(source), sampling.batch_size):
+                rows = slice(first, first + sampling.batch_size)
                 generators = [keyed_generator(*key, "restore") for key in keys[rows]]
                 part = source[rows], focus.part(rows), condition.part(rows)
                 pieces.append(self.draw(*part, generators, sampling, progress))
@@ -496,7 +511,7 @@ class PairedSystem(LatentSystem):
             if n_targets > 1:
                 mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
-            results.append(full)
+            results.append(lies.lay_back(full))
         # Two targets add up to the input as given: their scale is its own.
         measured = given.to(self.device) if n_targets > 1 else scaled
         tasks, emphasis = condition.task[::n_targets], None
@@ -524,20 +539,19 @@ class PairedSystem(LatentSystem):
         """Return the attention to given sinograms, see ``TransparentMedicalAttention``; None for none."""
         return None if self.attention is None else self.attention(given, roi, strength)
 
-    def focus(self, given: Tensor, source: Tensor, strength: Tensor | float, roi: Tensor | None = None) -> Focus:
+    def focus(self, given: Tensor, source: Tensor, attended: Tensor | None) -> Focus:
         """Return what the network is conditioned on.
 
         Args:
             given: inputs at the targets' scale, ``(batch, 1, views, bins)``.
             source: their latents.
-            strength: of the attention, a number or ``(batch,)``.
-            roi: see ``restore``.
+            attended: the attention to them, see ``attend``.
         """
         further = []
         if self.reproject:
             mean, variance = self.given_moments.float()[:, :, None, None]
             further.append((self._encode(given) - mean) / variance.sqrt())
-        weight, weight_of_bins, attended = None, None, self.attend(given, roi, strength)
+        weight, weight_of_bins = None, None
         if self.attention_use is not None and attended is not None:
             uses = self.attention_use.uses
             if "gain" in uses:
@@ -572,6 +586,7 @@ class PairedSystem(LatentSystem):
             "attention": use and {"uses": use.uses, "strengths": use.strengths, "areas": attention},
             "reproject": self.reproject,
             "trained": self.knowledge and self.knowledge.to_dict(),
+            "orientations": asdict(self.orientations),
             **self.exported(),
         }
         weights = {f"autoencoder.{name}": value for name, value in self.autoencoder.state_dict().items()}
@@ -601,6 +616,7 @@ class PairedSystem(LatentSystem):
             system.geometry = ParallelBeam(**config["geometry"]) if config["geometry"] else None
             if config.get("trained"):
                 system.knowledge = Knowledge.from_dict(config["trained"])
+            system.orientations = Orientations(**config.get("orientations", {}))  # exports of before have none
         return system.eval()
 
     def _check(
@@ -639,7 +655,9 @@ class PairedSystem(LatentSystem):
         n_targets, ids = batch.expected.shape[1], batch.sample_id.tolist()
         target, source = self._latents(batch)
         generators = [keyed_generator(*run, i, k, "bridge") for i in ids for k in range(n_targets)]
-        focus = self.focus(self._scaled(batch), source[::n_targets], self._strengths(run, ids)).repeat(n_targets)
+        given = self._scaled(batch)
+        attended = self.attend(given, None, self._strengths(run, ids))
+        focus = self.focus(given, source[::n_targets], attended).repeat(n_targets)
         errors = self.errors(target, source, focus, Condition.of_pairs(batch), generators)
         error = self._size(errors.residual)
         loss = (error if focus.weight is None else focus.weight * error).mean()
