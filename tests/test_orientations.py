@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from test_paired_methods import asked, awake, fitted
+from test_paired_methods import METHODS, asked, awake, fitted
 from tiny_pairs import TinyPairs
 from tiny_pet import GEOMETRY
 
-from allpet import AttentionUse, BridgeSampling, LatentBridge, SymmetryAugmentation
+from allpet import AttentionUse, BridgeSampling, Condition, LatentBridge, SymmetryAugmentation
 from allpet.augmentation import SymmetryParameters
 from allpet.orientations import Orientation, Orientations
 
@@ -25,8 +25,8 @@ def _seeded():
         yield
 
 
-def turned_data(**symmetry) -> TinyPairs:
-    data = TinyPairs()
+def turned_data(task: str = "low_dose", **symmetry) -> TinyPairs:
+    data = TinyPairs(task)
     data.setup()
     data.symmetry = SymmetryAugmentation(GEOMETRY, **symmetry)
     return data
@@ -78,12 +78,12 @@ def test_what_was_seen_is_what_the_augmentation_draws(augmentation, seen, severa
     assert seen.several(VIEWS) == several, "16 views are 11 degrees apart"
 
 
-@pytest.mark.parametrize("given", [{}, {"reproject": 2}])
+@pytest.mark.parametrize("given", [{}, {"reproject": 2}, METHODS["pixels"]])
 def test_a_sample_is_what_the_turned_input_gives_turned_back(given, tmp_path):
     data = turned_data()
     system = awake(fitted(tmp_path, data, **given))
     assert system.orientations == Orientations(180.0, True)
-    if given:
+    if system.reproject:
         # OSEM takes its subsets of views in another order where the image is turned; this treats all bins alike
         system.starting = lambda measured: measured.clamp(min=0).sqrt()
     inputs = data.test_set[[0, 1]].input
@@ -98,6 +98,19 @@ def test_a_sample_is_what_the_turned_input_gives_turned_back(given, tmp_path):
     as_it_lies = BridgeSampling(nfe=1, samples=3, turned=False)
     with pytest.raises(ValueError, match=r"one call \(nfe=1\) gives the same each time"):
         system.restore(inputs, asked(2), [5, 6], as_it_lies)
+
+
+def test_two_tracers_add_up_in_every_orientation(tmp_path):
+    data = turned_data("separation")
+    system = awake(fitted(tmp_path, data))
+    given = data.test_set[[0, 1]].input
+    condition = Condition.of("separation", ["FDG:abdomen"] * 4, target_tracers=["FDG", "PSMA"] * 2)
+    samples = system.restore(given, condition, [5, 6], BridgeSampling(nfe=2, samples=3), n_targets=2).samples
+    ratio = system.input_scale(condition.task[::2])
+    for number, total in enumerate(samples.sum(2, keepdim=True)):
+        lies = system.orientations.of(number, VIEWS)
+        whole = system._decode(system._encode(lies.lay(given / ratio)), GEOMETRY.sinogram_shape) * ratio
+        torch.testing.assert_close(total, lies.lay_back(whole))
 
 
 def test_what_the_network_attends_to_is_turned_along(tmp_path):
