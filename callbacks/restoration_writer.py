@@ -193,6 +193,7 @@ class RestorationWriter(Callback):
                 **({"note": NOTES[task]} if task in NOTES else {}),
                 "gain": batch.gain,
                 "sampling": repr(system.sampling),
+                "orientations": 1 if isinstance(system, PriorRestoration) else system.ways(system.sampling),
                 "content": f"{what} over {system.sampling.samples} sample(s)",
                 "region_of_interest": batch.roi is not None,
                 "software": f"allpet {allpet.__version__}",

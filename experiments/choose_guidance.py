@@ -19,7 +19,7 @@ from typing import Any
 
 from studies.few_shot import spread
 from studies.rows import Outcome, Row, run_rows
-from studies.training import GUIDANCE, HERE, Bench, Budget, Recipe, load, power, train
+from studies.training import GUIDANCE, HERE, Bench, Budget, Recipe, facts, load, power, train
 
 from allpet import Sampling
 from allpet.reports import FOLDER, table, write_report
@@ -43,7 +43,8 @@ def plan(bench: Bench, budgets: Sequence[Budget], seeds: Sequence[int], folder: 
     return [
         Row(
             f"{budget.vae}-{budget.ldm}-seed{seed}-{weight:g}",
-            {"vae": budget.vae, "ldm": budget.ldm, "guidance": weight, "seed": seed, "samples": bench.samples},
+            {"vae": budget.vae, "ldm": budget.ldm, "seed": seed, "samples": bench.samples}
+            | facts(Sampling(guidance=weight)),
             partial(_measure, bench, budget, seed, weight, folder / f"{budget.vae}-{budget.ldm}-seed{seed}"),
         )
         for budget in budgets
@@ -73,21 +74,29 @@ def summary(outcome: Outcome, real_power: dict[str, float]) -> list[dict[str, An
 
 
 def said(done: Sequence[dict[str, Any]]) -> str:
-    """Say, for each budget, which weight each distance would choose, and what the default has."""
+    """Say, for each budget, which weight each distance would choose, and what the default has.
+
+    Only seeds that were sampled with all weights are compared.
+    """
     parts = []
     for budget in dict.fromkeys((row["vae"], row["ldm"]) for row in done):
+        rows = [row for row in done if (row["vae"], row["ldm"]) == budget]
+        ways = {seed: {row["guidance"] for row in rows if row["seed"] == seed} for seed in (r["seed"] for r in rows)}
+        seeds = [seed for seed, weights in ways.items() if weights == {row["guidance"] for row in rows}]
+        if not seeds:
+            continue
         texts = []
         for name in ("kid_conv", "sw_conv", "energy_distance"):
             at: dict[float, list[float]] = {}
-            for row in done:
-                if (row["vae"], row["ldm"]) == budget:
+            for row in rows:
+                if row["seed"] in seeds:
                     at.setdefault(row["guidance"], []).append(row[name])
             middle = {weight: mean(values) for weight, values in at.items()}
             best = min(middle, key=middle.__getitem__)
             usual = f", {middle[GUIDANCE]:.3g} with {GUIDANCE:g}" if GUIDANCE in middle and best != GUIDANCE else ""
             texts.append(f"{name} {middle[best]:.3g} with {best:g}{usual}")
         parts.append(f"{budget[0]} and {budget[1]} steps: {'; '.join(texts)}")
-    return f"Lowest distances, means over seeds: {'. '.join(parts)}."
+    return f"Lowest distances, means over seeds: {'. '.join(parts)}." if parts else "No seed has all weights yet."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,11 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outcome = run_rows(plan(bench, budgets, given.seeds, folder), folder, given.minutes)
     if not outcome.done:
         raise SystemExit("No row has been run yet: give it more --minutes.")
+    usual = Sampling()
     lines = summary(outcome, bench.real_power)
     missing = f" Not run: {', '.join(outcome.not_run)}." if outcome.not_run else ""
     remarks = (
-        "Validation patients; 500 training slices; 20 steps of DPM-Solver++, power restored; columns as in the "
-        f"few-shot study. The default, {GUIDANCE:g}, was read from it. {said(outcome.done)}{missing}"
+        f"Validation patients; 500 training slices; {usual.steps} steps of {usual.sampler}, power "
+        f"{'' if usual.restore_power else 'not '}restored; columns as in the few-shot study. The default, "
+        f"{GUIDANCE:g}, was read from it. {said(outcome.done)}{missing}"
     )
     title = "How strongly samples are guided"
     path = write_report(

@@ -78,14 +78,13 @@ REMARKS = {
     "uses stage 2 alone and no pairs; regression_synthetic trains on few real and many generated pairs. ROI "
     "rows are told where the lesions are: no method may know that but by a clinician. updates: of EM, by which "
     "results are fitted to the input as measured (low dose, separation), among neighbours that look alike within "
-    "neighbourhood_mm, or every pixel alone (0); both were chosen on other patients (choose_updates). turned: each of "
-    "several samples is drawn in an orientation of its own, of those that training turned and mirrored pairs to, and "
-    "turned back. The oracles are "
-    "told the truth of every slice: a Gaussian in the sinogram, and OSEM with a Gaussian, projected. All trained "
-    "methods begin at, or are given, the input's OSEM image projected again, beside the input as measured, and see "
-    "pairs turned and mirrored (low dose all the way round, other tasks and multi_task by at most 10 degrees); bridge,"
-    " regression and attention train on the decoded sinogram's error, too, ddbm, conditional and regression_pixels do "
-    "not. Of ddbm, bridge, preconditioning and sampler are as published, the rest is as of ours. bridge_without_* lack"
+    "neighbourhood_mm, or every pixel alone (0); both were chosen on other patients (choose_updates). turned: several "
+    "samples are drawn in several orientations, those that training turned and mirrored pairs to, and turned back. "
+    "The oracles are told the truth of every slice: a Gaussian in the sinogram, and OSEM with a Gaussian, projected. "
+    "All trained methods begin at, or are given, the input's OSEM image projected again, beside the input as measured, "
+    "and see pairs turned and mirrored (low dose all the way round, other tasks and multi_task by at most 10 degrees); "
+    "bridge, regression and attention train on the decoded sinogram's error, too, ddbm, conditional and "
+    "regression_pixels do not. Of ddbm, bridge, preconditioning and sampler are as published, the rest is as of ours. bridge_without_* lack"
     " one part. stage1 is what the autoencoder makes of the expected targets themselves, so what latents can hold. "
     "Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never quantitative, and what "
     "separates two tracers is what was learned, not physics.",
@@ -119,8 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = Budget.of(options.scale) if options.study == "downstream" else Budget(300, 400)
     budget = Budget(options.vae_steps or usual.vae, options.ldm_steps or usual.ldm)
     sampling = Sampling(options.sampler, options.sampling_steps, guidance=GUIDANCE)
-    if options.label and not re.fullmatch(r"[A-Za-z0-9_]+", options.label):
-        parser.error(f"--label is {options.label!r}, but must be of letters, digits and _: files are named by it.")
+    label = options.label
+    if label is not None and (not re.fullmatch(r"[A-Za-z0-9_]+", label) or label.startswith(tuple(TITLES))):
+        parser.error(
+            f"--label is {label!r}, but must be of letters, digits and _, and begin with no study's name: files are "
+            "named by it."
+        )
     if options.study == "downstream":
         if options.label:
             parser.error("--label is for the other studies: give downstream tables an --output and --reports instead.")

@@ -82,6 +82,12 @@ def test_the_table_is_of_validation_patients_and_says_which_weight_is_best(monke
     assert "10 and 20 steps: " in report["remarks"]
     assert " with 1.5, " in report["remarks"], "the best weight, and after it the default"
     assert report["summary"][-1]["vae_steps"] == "real slices (floor)"
+    # where a seed lacks a weight, the others are compared
+    rows = [*report["rows"], {**report["rows"][0], "seed": 4, "kid_conv": -1.0}]
+    assert choose_guidance.said(rows) == choose_guidance.said(report["rows"])
+    assert (
+        choose_guidance.said([*report["rows"][:1], {**report["rows"][1], "seed": 4}]) == "No seed has all weights yet."
+    )
     # given again, nothing is measured twice
     choose_guidance.main(["--budgets", "10/20", "--seeds", "3", "--samples", "16", *places])
     assert len(trained) == 3
@@ -106,8 +112,17 @@ def test_a_label_makes_a_table_of_its_own(tmp_path, capsys):
     report = json.loads((tmp_path / "reports/study_longer_few_shot.json").read_text())
     assert report["title"].endswith("(longer)")
     assert "n500-both-seed0" in report["not_run"]
+    assert not (tmp_path / "reports/study_few_shot.json").exists()
+    done = tmp_path / "studies/longer_few_shot/rows/n500-both-seed0.json"
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    with pytest.raises(ValueError, match="was measured with another"):
+        study.main(["few_shot", "--label", "longer", *places])
+    study.main(["few_shot", *places])
     for words, sentence in (
         (["few_shot", "--label", "a b"], "--label is 'a b', but must be of letters, digits and _"),
+        (["few_shot", "--label", ""], "--label is '', but must be of letters"),
+        (["few_shot", "--label", "steps_2"], "and begin with no study's name"),
         (["downstream", "--label", "longer"], "--label is for the other studies"),
     ):
         with pytest.raises(SystemExit):

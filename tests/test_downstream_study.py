@@ -198,11 +198,55 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     assert [path.name for path in written] == ["page.png"]
     assert written[0].stat().st_size > 10_000
     generated = row("regression_synthetic")
-    write_pairs(plan.folder / generated["row"] / "generated.safetensors", held_out.pairs)
+    write_pairs(downstream.generated_file(plan.folder / generated["row"]), held_out.pairs)
     generated["lines"][0]["calibration"] = calibration(torch.rand(3, 1, 1, 4, 4), torch.rand(1, 1, 4, 4))
     more = Outcome([*outcome.done, generated], [], 0.0)
     written = downstream_report.draw(plan, more, tmp_path / "page.png")
     assert [path.name for path in written] == ["page.png", "page_pairs.png", "page_calibration.png"]
+
+
+def test_calibration_curves_are_of_one_method_and_way_each():
+    curve, other = ([{"level": 0.9, "gauss": share, "quantile": share}] for share in (0.5, 0.8))
+    rows = [row("bridge", seed, samples=16, turned=True, calibration=curve) for seed in (0, 1)]
+    rows += [row("regression", samples=16, turned=True, calibration=other), row("bridge", nfe=5, calibration=other)]
+    found = downstream_report.curves(rows)
+    assert found == {
+        "bridge, 1 call, turned": [curve, curve],
+        "regression, 1 call, turned": [other],
+        "bridge, 5 calls": [other],
+    }
+
+
+def test_rows_of_several_orientations_need_a_model_that_says_how_pairs_were_turned(monkeypatch, tmp_path):
+    class Regression:
+        """Stands for a trained model; says in how many orientations it was asked."""
+
+        def __init__(self, ways: int) -> None:
+            self.known, self.asked = ways, []
+
+        def ways(self, sampling) -> int:
+            return self.known if sampling.turned else 1
+
+    def way(plan, system, sampling):
+        system.asked.append((sampling.nfe, sampling.samples))
+        return downstream.Line(downstream.facts_of(sampling), torch.zeros(1), {})
+
+    for name in ("_line", "_many"):
+        monkeypatch.setattr(downstream, name, way)
+    for ways, samples in ((14, 14), (128, 16)):
+        system = Regression(ways)
+        monkeypatch.setattr(downstream, "_train", lambda *given, system=system: system)
+        lines = list(downstream._lines(Plan(task="delayed"), "regression", 500, 0, tmp_path))
+        assert system.asked == [(1, 1), (1, samples)]
+        assert [line.facts["turned"] for line in lines] == [False, True]
+    monkeypatch.setattr(downstream, "_train", lambda *given: Regression(1))
+    with pytest.raises(ValueError, match="does not say how its training pairs were turned, as those of earlier"):
+        next(downstream._lines(Plan(task="delayed"), "regression", 500, 0, tmp_path))
+    assert len(list(downstream._lines(Plan(task="delayed"), "regression", 50, 0, tmp_path))) == 1
+    facts = {row.key: row.facts for row in downstream.rows(Plan(task="delayed"))}
+    assert facts["bridge-n500-seed0"]["several"] == "turned"
+    assert "several" not in facts["regression-n50-seed0"]
+    assert facts["regression_synthetic-n50-seed0"]["guidance"] == downstream.SAMPLING.guidance
 
 
 def _plan(folder: Path, held_out: HeldOut) -> Plan:
@@ -313,9 +357,9 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
         row("bridge", coverage_90_quantile=0.6, **given) for given in (lying, turned, {**once, "coverage_90": 0.5})
     ]
     text = said("conversion", row("bridge"), *drawn, row("regression"))
-    assert "bridge, one call 30.00 dB, lesions -5.0 %, tissues 1.0 %, one call in 16 orientations 34.00 dB" in text
-    assert "mean of 16 samples (1 seed) 30.00 dB, lesions -5.0 %, tissues 1.0 %, 90 % intervals hold 70.0 %" in text
-    assert "mean of 16 turned samples (1 seed) 30.00 dB, lesions -5.0 %, tissues 1.0 %, 80.0 %." in text
+    assert "bridge, one call, 30.00 dB, lesions -5.0 %, tissues 1.0 %; one call in 16 orientations, 34.00 dB" in text
+    assert "mean of 16 samples (1 seed), 30.00 dB, lesions -5.0 %, tissues 1.0 %, 90 % intervals hold 70.0 %" in text
+    assert "turned samples (1 seed), 30.00 dB, lesions -5.0 %, tissues 1.0 %, they hold 80.0 %." in text
 
 
 def test_gains_are_those_of_the_same_slices_with_an_interval(tmp_path):

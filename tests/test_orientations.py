@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from test_paired_methods import METHODS, asked, awake, fitted
+from test_paired_methods import METHODS, asked, awake, fitted, make
 from tiny_pairs import TinyPairs
 from tiny_pet import GEOMETRY
 
-from allpet import AttentionUse, BridgeSampling, Condition, LatentBridge, SymmetryAugmentation
+from allpet import AttentionUse, BridgeSampling, Condition, ConditionalSampling, LatentBridge, SymmetryAugmentation
 from allpet.augmentation import SymmetryParameters
 from allpet.orientations import Orientation, Orientations
+from data_modules import PairedTask
 
 VIEWS = GEOMETRY.n_views
 
@@ -50,42 +54,61 @@ def test_laying_is_what_augmentation_does_and_is_undone_bit_by_bit(orientation):
     assert torch.equal(laid, sinogram) == (orientation == Orientation())
 
 
-def test_the_first_lies_as_it_is_and_many_are_spread_evenly_over_what_was_seen():
-    whole = [Orientations(180.0, True).of(number, 64) for number in range(32)]
-    assert whole[0] == Orientation()
-    assert sum(one.mirrored for one in whole) == 16
+def test_the_first_lies_as_it_is_and_all_that_were_seen_come_before_any_comes_again():
+    for seen, angles in ((Orientations(180.0, True), 128), (Orientations(10.0, True), 7), (Orientations(180.0), 128)):
+        assert seen.of(0, 64) == Orientation()
+        assert seen.count(64) == angles * (2 if seen.mirrored else 1)
+        first = [seen.of(number, 64) for number in range(seen.count(64))]
+        assert len({(one.views % 128, one.mirrored) for one in first}) == len(first)
+        assert seen.of(len(first), 64) == first[0]
+    narrow = {Orientations(10.0).of(number, 64) for number in range(7)}
+    assert narrow == {Orientation(views) for views in range(-3, 4)}, "64 views are 2.8 degrees apart"
+
+
+@pytest.mark.parametrize("n_views", [16, 64, 100, 180])
+def test_few_of_many_angles_are_spread_evenly_mirrored_or_not(n_views):
+    few = [Orientations(180.0, True).of(number, n_views) for number in range(16)]
+    assert sum(one.mirrored for one in few) == 8
     for mirrored in (False, True):
-        places = sorted(one.views % 128 for one in whole if one.mirrored == mirrored)
-        gaps = [(after - before) % 128 for before, after in zip(places, places[1:] + places[:1], strict=True)]
-        assert 4 <= min(gaps) <= max(gaps) <= 16, "8 views if all were equal"
-    narrow = [Orientations(10.0, False).of(number, 64) for number in range(32)]
-    assert {one.views for one in narrow} == set(range(-3, 4))
-    assert not any(one.mirrored for one in narrow)
+        places = sorted(one.views / (2 * n_views) % 1 for one in few if one.mirrored == mirrored)
+        gaps = [(after - before) % 1 for before, after in zip(places, places[1:] + places[:1], strict=True)]
+        assert max(gaps) <= 2.2 / 8, "an eighth if all were equal"
 
 
 @pytest.mark.parametrize(
-    ("augmentation", "seen", "several"),
+    ("augmentation", "seen", "count"),
     [
-        (None, Orientations(), False),
-        (SymmetryAugmentation(GEOMETRY), Orientations(180.0, True), True),
-        (SymmetryAugmentation(GEOMETRY, rotation=False), Orientations(0.0, True), True),
-        (SymmetryAugmentation(GEOMETRY, reflection=False, largest_rotation_deg=5.0), Orientations(5.0, False), False),
-        (SymmetryAugmentation(GEOMETRY, rotation=False, reflection=False), Orientations(), False),
+        (None, Orientations(), 1),
+        (torch.nn.Identity(), Orientations(), 1),
+        (SymmetryAugmentation(GEOMETRY), Orientations(180.0, True), 64),
+        (SymmetryAugmentation(GEOMETRY, probability=0.5), Orientations(180.0, True), 64),
+        (SymmetryAugmentation(GEOMETRY, probability=0.0), Orientations(), 1),
+        (SymmetryAugmentation(GEOMETRY, rotation="any", reflection=False), Orientations(180.0), 32),
+        (SymmetryAugmentation(GEOMETRY, rotation=False), Orientations(0.0, True), 2),
+        (SymmetryAugmentation(GEOMETRY, reflection=False, largest_rotation_deg=5.0), Orientations(5.0), 1),
+        (SymmetryAugmentation(GEOMETRY, rotation=False, reflection=False), Orientations(), 1),
     ],
 )
-def test_what_was_seen_is_what_the_augmentation_draws(augmentation, seen, several):
+def test_what_was_seen_is_what_the_augmentation_draws(augmentation, seen, count):
     assert Orientations.seen(augmentation) == seen
-    assert seen.several(VIEWS) == several, "16 views are 11 degrees apart"
+    assert seen.count(VIEWS) == count, "16 views are 11 degrees apart"
 
 
-@pytest.mark.parametrize("given", [{}, {"reproject": 2}, METHODS["pixels"]])
+def test_impossible_angles_are_refused():
+    for angle in (-1.0, 181.0, math.nan):
+        with pytest.raises(ValueError, match=r"largest_rotation_deg is .*, but must lie in"):
+            Orientations(angle)
+
+
+@pytest.mark.parametrize("given", [{}, {"reproject": 2}, METHODS["pixels"], METHODS["reprojected"]])
 def test_a_sample_is_what_the_turned_input_gives_turned_back(given, tmp_path):
     data = turned_data()
     system = awake(fitted(tmp_path, data, **given))
     assert system.orientations == Orientations(180.0, True)
     if system.reproject:
-        # OSEM takes its subsets of views in another order where the image is turned; this treats all bins alike
+        # OSEM takes its subsets of views in another order where the image is turned; these treat all bins alike
         system.starting = lambda measured: measured.clamp(min=0).sqrt()
+        system.attend = lambda measured, roi, strength: 1 + measured / measured.amax((1, 2, 3), keepdim=True)
     inputs = data.test_set[[0, 1]].input
     several = system.restore(inputs, asked(2), [5, 6], BridgeSampling(nfe=1, samples=3))
     assert torch.equal(several.samples[0], system.restore(inputs, asked(2), [5, 6], BridgeSampling(nfe=1)).mean)
@@ -95,9 +118,15 @@ def test_a_sample_is_what_the_turned_input_gives_turned_back(given, tmp_path):
         close = {"rtol": 0.0, "atol": 1e-4 * float(alone.std())}
         torch.testing.assert_close(several.samples[number], lies.lay_back(alone), **close)
     assert several.std.amax() > 0
+    others = system.restore(inputs[1:], asked(1), [6], BridgeSampling(nfe=1, samples=3, batch_size=1))
+    torch.testing.assert_close(
+        others.samples[:, 0], several.samples[:, 1], rtol=0, atol=1e-4 * float(several.mean.std())
+    )
     as_it_lies = BridgeSampling(nfe=1, samples=3, turned=False)
-    with pytest.raises(ValueError, match=r"one call \(nfe=1\) gives the same each time"):
+    with pytest.raises(ValueError, match=r"gives the same each time: use --model.sampling.samples=1, or .*turned=true"):
         system.restore(inputs, asked(2), [5, 6], as_it_lies)
+    with pytest.raises(ValueError, match=r"has 64 results, one for each orientation: use --model.sampling.samples=64;"):
+        system.restore(inputs, asked(2), [5, 6], BridgeSampling(nfe=1, samples=65))
 
 
 def test_two_tracers_add_up_in_every_orientation(tmp_path):
@@ -130,18 +159,51 @@ def test_what_the_network_attends_to_is_turned_along(tmp_path):
     assert not torch.equal(*shown)
 
 
-def test_a_model_is_exported_with_what_it_has_seen_and_one_of_before_draws_as_the_input_lies(tmp_path):
+def test_samples_of_diffusion_and_those_that_are_fitted_are_turned_too(tmp_path):
+    data = turned_data()
+    inputs = data.test_set[[0, 1]].input
+    drawn = BridgeSampling(nfe=1, samples=2, data_consistency=2)
+    for given, sampling in (({}, drawn), (METHODS["conditional"], ConditionalSampling(nfe=2, samples=2))):
+        system = awake(fitted(tmp_path / type(sampling).__name__, data, **given))
+        lying, turned = (
+            system.restore(inputs, asked(2), [5, 6], replace(sampling, turned=way)).samples for way in (False, True)
+        )
+        assert torch.equal(lying[0], turned[0])
+        assert not torch.allclose(lying[1], turned[1], rtol=1e-3)
+
+
+def test_a_model_says_how_pairs_were_turned_and_one_of_before_draws_as_the_input_lies(tmp_path):
     data = turned_data(reflection=False)
     system = awake(fitted(tmp_path / "fit", data))
-    system.save_pretrained(tmp_path / "out")
-    read = LatentBridge.from_pretrained(tmp_path / "out")
-    assert read.orientations == system.orientations == Orientations(180.0, False)
+    assert system.orientations == Orientations(180.0)
     inputs, sampling = data.test_set[[0, 1]].input, BridgeSampling(nfe=2, samples=2)
-    new, old = read.restore(inputs, asked(2), [5, 6], sampling), fitted(tmp_path / "fit2", TinyPairs())
-    torch.testing.assert_close(new.mean, system.restore(inputs, asked(2), [5, 6], sampling).mean)
-    assert old.orientations == Orientations()
+    ours = system.restore(inputs, asked(2), [5, 6], sampling).mean
+
+    def exported(folder: Path) -> torch.Tensor:
+        return LatentBridge.from_pretrained(folder).restore(inputs, asked(2), [5, 6], sampling).mean
+
+    system.save_pretrained(tmp_path / "out")
+    torch.testing.assert_close(exported(tmp_path / "out"), ours)
     config = tmp_path / "out/config.json"
     said = json.loads(config.read_text())
     del said["orientations"]
     config.write_text(json.dumps(said))
-    assert LatentBridge.from_pretrained(tmp_path / "out").orientations == Orientations()
+    before = system.restore(inputs, asked(2), [5, 6], replace(sampling, turned=False)).mean
+    torch.testing.assert_close(exported(tmp_path / "out"), before)
+    assert not torch.allclose(before, ours, rtol=1e-3)
+
+    checkpoint: dict = {}
+    system.on_save_checkpoint(checkpoint)
+    loaded = make()
+    loaded.on_load_checkpoint({"state_dict": system.state_dict(), **checkpoint})
+    assert loaded.orientations == system.orientations
+    loaded.on_load_checkpoint({"state_dict": system.state_dict()})
+    assert loaded.orientations == Orientations()
+
+
+def test_the_data_that_users_train_on_say_how_they_turn(tmp_path):
+    symmetry = partial(SymmetryAugmentation, largest_rotation_deg=30.0)
+    whole = {"prompts": ["FDG:abdomen"], "num_scans": 4, "slices_per_patient": 2, "val_patients": 1, "test_patients": 1}
+    data = PairedTask("delayed", GEOMETRY, cache=None, symmetry=symmetry, batch_size=2, **whole)
+    data.setup()
+    assert fitted(tmp_path, data, 1).orientations == Orientations(30.0, True)

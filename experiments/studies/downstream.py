@@ -90,7 +90,7 @@ def rows(plan: Plan) -> list[Row]:
         if method in LONGER:
             facts["steps"] *= TIMES
         if method in SEVERAL and pairs == plan.pairs:
-            facts["several"] = "turned"
+            facts["several"] = "turned"  # rows of before have no such lines
         if method == "regression_synthetic":
             facts["guidance"] = SAMPLING.guidance
         if method.endswith("oracle"):
@@ -175,6 +175,12 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
             yield _line(plan, system, ConditionalSampling(nfe=nfe))
     else:
         once = BridgeSampling(nfe=1)
+        several, ways = method in SEVERAL and pairs == plan.pairs, system.ways(once)
+        if several and ways == 1:
+            raise ValueError(
+                f"The model in {folder} does not say how its training pairs were turned, as those of earlier versions "
+                "do not: remove the folder, and it is trained anew."
+            )
         yield _line(plan, system, once)
         if not method.startswith("regression"):
             yield _line(plan, system, BridgeSampling(nfe=5))
@@ -182,11 +188,11 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         if pairs == plan.pairs and method in ("bridge", "regression", "regression_pixels", *LONGER):
             for fitted in _fitted(plan, once):
                 yield _line(plan, system, fitted)
-        if pairs == plan.pairs and method in SEVERAL:
-            yield _many(plan, system, replace(once, samples=plan.samples))
+        if several:
+            yield _many(plan, system, replace(once, samples=min(plan.samples, ways)))
         if pairs == plan.pairs and method == "bridge":
-            for several in _several(plan):
-                yield _many(plan, system, several)
+            for sampling in _several(plan):
+                yield _many(plan, system, sampling)
 
 
 def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> PairedSystem:
@@ -199,7 +205,7 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
         return plan.finetune(shared, seed, pairs, task="multi_task", steps=len(TASKS) * plan.steps)
     if method == "regression_synthetic":
         file = synthesise(plan, pairs, seed, folder)
-        return plan.finetune(run, seed, pairs, "regression", [f"--data.generated={file}"])
+        return plan.finetune(folder / f"train-{file.stem}", seed, pairs, "regression", [f"--data.generated={file}"])
     if method in LONGER:
         overlay = LONGER[method] if LONGER[method] in OVERLAYS else None
         return plan.finetune(run, seed, pairs, overlay, steps=TIMES * plan.steps)
@@ -207,9 +213,14 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
     return plan.finetune(run, seed, pairs, more=[word.format(channels=plan.latent_channels) for word in more])
 
 
+def generated_file(folder: Path) -> Path:
+    """Return where a row keeps its generated pairs: by what they are guided with, as they are used again."""
+    return folder / f"generated-guided-{SAMPLING.guidance:g}.safetensors"
+
+
 def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
     """Generate pairs that bring few real ones to the study's number, and return their file; keep it if it is there."""
-    file = folder / "generated.safetensors"
+    file = generated_file(folder)
     if file.exists():
         return file
     reverse = None
@@ -238,8 +249,8 @@ def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, *
 def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
     """Return what tells lines of a row apart."""
     near = sampling.neighbourhood_mm if sampling.data_consistency else 0.0
-    kept = {"nfe": sampling.nfe, "samples": sampling.samples, "turned": sampling.turned and sampling.samples > 1}
-    kept["attention"] = attention
+    turned = sampling.turned and sampling.samples > 1
+    kept = {"nfe": sampling.nfe, "samples": sampling.samples, "turned": turned, "attention": attention}
     return kept | {"updates": sampling.data_consistency, "neighbourhood_mm": near}
 
 
@@ -322,7 +333,7 @@ def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
 
 
 def expanded(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one flat dictionary per line of the finished rows; of what came later, earlier lines say nothing."""
+    """Return one flat dictionary per line of the finished rows; what lines of before do not say is filled in."""
     shared = [{name: value for name, value in row.items() if name != "lines"} for row in done]
     later = {"turned": False, "neighbourhood_mm": 0.0}
     return [

@@ -21,7 +21,7 @@ from allpet.prompts import TRACERS
 from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import LONGER, SEVERAL, TIMES, WITHOUT, expanded, label_of
+from studies.downstream import LONGER, SEVERAL, TIMES, WITHOUT, expanded, generated_file, label_of
 from studies.downstream_plan import ALONE, REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
@@ -248,7 +248,7 @@ def _least_biased(found: _Found) -> str:
 
 
 def _dbim_against_ddbm(found: _Found) -> str:
-    ours, theirs = found.best(("bridge",), limit=10, updates=0), found.of("ddbm")
+    ours, theirs = found.best(("bridge",), limit=10, samples=1, updates=0), found.of("ddbm")
     if not ours or not theirs:
         return _missing("bridge", "ddbm")
     psnr, ssim = (over(ours, name) - over(theirs, name) for name in ("psnr", "ssim"))
@@ -333,7 +333,7 @@ def _interval(
 
 
 def _coverage(found: _Found) -> str:
-    groups = [group for group in found.settings(("bridge",)) if "coverage_90" in group[0]]
+    groups = [group for group in found.settings(SEVERAL) if "coverage_90" in group[0]]
     if not groups:
         return _missing("bridge with several samples")
     parts = []
@@ -353,17 +353,20 @@ def _turning(found: _Found) -> str:
         one, several = found.of(method, nfe=1, samples=1, updates=0), found.of(method, nfe=1, turned=True, updates=0)
         if one and several:
             count = f"one call in {several[0]['samples']} orientations"
-            parts.append(f"{method}, one call {_in_short(one)}, {count} {_in_short(several)}")
+            parts.append(f"{method}, one call, {_in_short(one)}; {count}, {_in_short(several)}")
     lying, turned = (found.of("bridge", nfe=5, turned=way, updates=0) for way in (False, True))
     if (lying := [line for line in lying if line["samples"] > 1]) and turned:
         shares = [f"{100 * over(group, 'coverage_90'):.1f} %" for group in (lying, turned)]
         parts.append(
-            f"{named(lying)} {_in_short(lying)}, 90 % intervals hold {shares[0]}; {named(turned)} {_in_short(turned)}, "
-            f"{shares[1]}"
+            f"{named(lying)}, {_in_short(lying)}, 90 % intervals hold {shares[0]}; {named(turned)}, "
+            f"{_in_short(turned)}, they hold {shares[1]}"
         )
     if not parts:
         return _missing("bridge with several samples")
-    return f"Samples drawn in orientations of their own (PSNR, lesions, tissues as above): {'. '.join(parts)}."
+    return (
+        "Samples drawn in several orientations (sinogram PSNR, mean lesion SUVmax bias, mean tissue bias): "
+        f"{'. '.join(parts)}."
+    )
 
 
 def _pretraining(found: _Found, plan: Plan, outcome: Outcome) -> str:
@@ -487,7 +490,7 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
                     kept[title + f"\n+ {updates} updates" * bool(updates)] = pictures[label].float()
     written = [save_figure(_page(plan, kept), path)]
     rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
-    generated = [plan.folder / row["row"] / "generated.safetensors" for row in rows]
+    generated = [generated_file(plan.folder / row["row"]) for row in rows]
     if generated and generated[0].exists():
         pairs = read_pairs(generated[0], plan.task, plan.data.geometry)
         written.append(save_figure(_generated(plan, pairs), path.with_name(f"{path.stem}_pairs.png")))
@@ -499,10 +502,12 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
 def curves(done: Lines) -> dict[str, list[list[dict[str, float]]]]:
     """Return the calibration curves of the rows that have one, of each way to sample those of all seeds."""
     found: dict[str, list[list[dict[str, float]]]] = {}
-    for line in (line for row in done for line in row["lines"] if "calibration" in line):
+    lines = ({**line, "method": row["method"]} for row in done for line in row["lines"] if "calibration" in line)
+    for line in lines:
         updates = f", {line['updates']} updates" if line["updates"] else ""
         turned = ", turned" if line.get("turned") else ""
-        found.setdefault(f"{line['nfe']} calls{turned}{updates}", []).append(line["calibration"])
+        calls = f"{line['nfe']} call{'s' * (line['nfe'] != 1)}"
+        found.setdefault(f"{line['method']}, {calls}{turned}{updates}", []).append(line["calibration"])
     return found
 
 

@@ -271,12 +271,12 @@ class Bench:
         return classifier
 
     def rows(self) -> Tensor:
-        """Test slices whose prompts are asked for, spread evenly over the test patients."""
+        """Held-out slices whose prompts are asked for, spread evenly over the patients."""
         n = len(self.real_set)
         return torch.linspace(0, n - 1, min(self.samples, n)).round().long()
 
     def generate(self, generator: Generates, seed: int, **options: Any) -> tuple[Tensor, Prompt]:
-        """Generate one slice for every chosen test slice's prompt."""
+        """Generate one slice for every chosen held-out slice's prompt."""
         rows = self.rows()
         whole = self.real_set.prompt
         prompt = Prompt(whole.tracer[rows], whole.region[rows])

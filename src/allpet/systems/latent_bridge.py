@@ -195,7 +195,7 @@ class LatentBridge(PairedSystem):
         if self.bridge.end_share == 1 and sampling.nfe > 1:
             raise ValueError(
                 f"nfe is {sampling.nfe}, but this model is a regression, trained for one call: use "
-                "--model.sampling.nfe=1 --model.sampling.samples=1."
+                "--model.sampling.nfe=1."
             )
 
         def denoise(x: Tensor, time: Tensor) -> Tensor:

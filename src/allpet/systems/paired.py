@@ -88,10 +88,10 @@ class PairedSampling:
             1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``:
             in the ROI, or in the hot and cold areas of what the network has drawn.
         neighbourhood_mm: full width at half maximum of the neighbours that look alike among which updates share what
-            what the counts say: less bias for as much noise; 0 for every pixel alone.
-        turned: whether each of several samples is drawn in an orientation of its own, of those that the model was
-            trained on (``allpet.orientations``): a better mean, and a spread that says more of its errors, for one more
-            encoding per sample. The first is drawn as the input lies.
+            the counts say: less bias for as much noise; 0 for every pixel alone.
+        turned: whether several samples are drawn in several orientations, those that the model was trained on
+            (``allpet.orientations``): a better mean, and a spread that says more of its errors, for as many calls; the
+            input is encoded for each sample anew. The first is drawn as the input lies.
     """
 
     nfe: int = 5
@@ -349,8 +349,14 @@ class PairedSystem(LatentSystem):
                 "data_modules.PairedFiles for your own."
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how training pairs are turned, which changes what several samples are."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["orientations"] = asdict(self.orientations)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Accept checkpoints of before inputs were reprojected, with averaged weights or without."""
+        self.orientations = Orientations(**checkpoint.get("orientations", {}))
         for weights in ("state_dict", "current_model_state"):
             if weights in checkpoint:
                 checkpoint[weights].setdefault("given_moments", self.given_moments)
@@ -464,13 +470,18 @@ class PairedSystem(LatentSystem):
         if self.knowledge is not None:
             self.knowledge.check(condition)
         task = condition.task[::n_targets]
-        differently = sampling.turned and self.geometry and self.orientations.several(self.geometry.n_views)
-        same = sampling.certain and not differently
-        if same and sampling.samples > 1 and len(sampling.fitted(task, n_targets)) < len(task):
+        known = self.ways(sampling)
+        if sampling.certain and sampling.samples > known and len(sampling.fitted(task, n_targets)) < len(task):
+            what = f"has {known} results, one for each orientation" if known > 1 else "gives the same each time"
+            other = "" if sampling.turned else ", or --model.sampling.turned=true where pairs were turned in training"
             raise ValueError(
-                f"samples is {sampling.samples}, but one call (nfe=1) gives the same each time: use "
-                "--model.sampling.samples=1, or --model.sampling.nfe=2 and more for samples that differ."
+                f"samples is {sampling.samples}, but one call (nfe=1) {what}: use --model.sampling.samples={known}"
+                f"{other}; bridges give samples that differ with --model.sampling.nfe=2 and more."
             )
+
+    def ways(self, sampling: PairedSampling) -> int:
+        """Return in how many orientations samples can be drawn; 1 where they are drawn as the input lies."""
+        return self.orientations.count(self.geometry.n_views) if sampling.turned and self.geometry is not None else 1
 
     @torch.no_grad()
     def _restored(
@@ -492,13 +503,14 @@ class PairedSystem(LatentSystem):
         scaled = given.to(self.device) / ratio
         start, attended = self.starting(scaled), self.attend(scaled, roi, strength)
         results: list[Tensor] = []
-        lies: Orientation | None = None
+        encoded: Orientation | None = None
         for draw in range(sampling.samples):
-            before, lies = lies, self.orientations.of(draw * sampling.turned, shape[0])
-            if lies != before:
-                source = self._encode(lies.lay(start))
+            lies = self.orientations.of(draw if sampling.turned else 0, shape[0])
+            if lies != encoded:
+                encoded, laid = lies, lies.lay(start)
+                source = self._encode(laid)
                 shown = None if attended is None else lies.lay(attended)
-                focus = self.focus(lies.lay(scaled), source, shown).repeat(n_targets)
+                focus = self.focus(lies.lay(scaled), source, shown, laid).repeat(n_targets)
                 source = source.repeat_interleave(n_targets, 0)
             keys = [(seed, draw, k) for seed in seeds for k in range(n_targets)]
             pieces = []
@@ -539,13 +551,14 @@ class PairedSystem(LatentSystem):
         """Return the attention to given sinograms, see ``TransparentMedicalAttention``; None for none."""
         return None if self.attention is None else self.attention(given, roi, strength)
 
-    def focus(self, given: Tensor, source: Tensor, attended: Tensor | None) -> Focus:
+    def focus(self, given: Tensor, source: Tensor, attended: Tensor | None, start: Tensor | None = None) -> Focus:
         """Return what the network is conditioned on.
 
         Args:
             given: inputs at the targets' scale, ``(batch, 1, views, bins)``.
             source: their latents.
             attended: the attention to them, see ``attend``.
+            start: what ``starting`` makes of them; None to find it where it is needed.
         """
         further = []
         if self.reproject:
@@ -555,7 +568,7 @@ class PairedSystem(LatentSystem):
         if self.attention_use is not None and attended is not None:
             uses = self.attention_use.uses
             if "gain" in uses:
-                source = self._encode(self.starting(given) * attended)
+                source = self._encode((self.starting(given) if start is None else start) * attended)
             pooled = self.autoencoder.pool(attended - 1)
             if "channel" in uses:
                 further.append(pooled)

@@ -77,7 +77,8 @@ class PriorRestoration(LightningModule):
 
     Args:
         model: the stage 2.
-        sampling: number of calls, of samples and of latents per call; one call gives the mean.
+        sampling: number of calls, of samples and of latents per call; one call gives the mean. All samples are drawn as
+            the input lies: stage 2 has seen no slice turned.
 
     Raises:
         ValueError: if the geometry of stage 2 is not known.
