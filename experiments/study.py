@@ -203,7 +203,8 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     if options.study == "few_shot":
         more["summary"] = few_shot.summary(outcome, bench.real_power if outcome.done else {})
         brought = few_shot.contributions(outcome)
-        more["tables"] = {"What each ingredient brings: the mean difference, with minus without it": brought}
+        if brought:
+            more["tables"] = {"What each ingredient brings: the mean difference, with minus without it": brought}
         conclusions.append(few_shot.said(brought))
         if last:
             more["data_efficiency"] = few_shot.data_efficiency(bench, folder, outcome)
