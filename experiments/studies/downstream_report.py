@@ -552,15 +552,16 @@ def _generated(plan: Plan, pairs: PairedSet, count: int = 8) -> Figure:
 
 
 def _calibration(found: dict[str, list[list[dict[str, float]]]]) -> Figure:
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
     for number, (way, kept) in enumerate(found.items()):
         levels = [point["level"] for point in kept[0]]
-        for name, label, style in (("gauss", "mean +- z std", "o-"), ("quantile", "quantiles", "x:")):
+        for name, style, label in (("gauss", "o-", way), ("quantile", "x:", "")):
             covered = [mean(curve[i][name] for curve in kept) for i in range(len(levels))]
-            axis.plot(levels, covered, style, color=f"C{number}", markersize=4, label=f"{way}: {label}")
+            axis.plot(levels, covered, style, color=f"C{number}", markersize=4, label=label or None)
     axis.set_xlabel("nominal level")
     axis.set_ylabel("share of the object's bins whose truth is inside")
-    axis.legend(fontsize=8)
+    axis.set_title("solid: mean +- z std of the samples; dotted: their quantiles", fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
