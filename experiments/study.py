@@ -54,12 +54,12 @@ REMARKS = {
     "500 training slices without noise). seam_jump: the step over the end of the half turn over that between views. "
     "copy_control: which share of copies the copy test would find, were training slices given back as stage 1 decodes "
     f"them; copy_rate is a lower bound by that. {PAPER}",
-    "steps": f"One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by {GUIDANCE:g}.",
+    "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by {guidance:g}.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
     "recipe.",
     "baselines": "GAN and score-based model are trained for as many steps as cost the arithmetic of both of our "
     "stages; a VAE has those of stage 1 alone. Ours and the LDM of one channel are guided by "
-    f"{GUIDANCE:g} and get back the power that their decoders lose; ours_plain is the training of ours without either, "
+    "{guidance:g} and get back the power that their decoders lose; ours_plain is the training of ours without either, "
     "and so are the other models. The decoders of VAE and LDM of one channel have no range layer, and the error of "
     "reconstruction weighs 1.5 times as much against their prior as with three channels, one of which is empty. PCA, "
     "GAN, score model and resampled training slices (copies: what distances copying reaches) are noisy: among expected "
@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=245, help="generated slices per row")
     parser.add_argument("--sampler", default="dpm++2m")
     parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of samples of ours (%(default)s)")
     parser.add_argument("--label", help="names a table of its own, beside the usual one: other budgets, for example")
     parser.add_argument("--n", type=int, default=500, help="training slices of the baselines and of stages 1 and 2")
     parser.add_argument("--task", choices=TASKS, default="low_dose", help="of the downstream study, as all up to scale")
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     usual = Budget.of(options.scale) if options.study == "downstream" else Budget(300, 400)
     budget = Budget(options.vae_steps or usual.vae, options.ldm_steps or usual.ldm)
-    sampling = Sampling(options.sampler, options.sampling_steps, guidance=GUIDANCE)
+    sampling = Sampling(options.sampler, options.sampling_steps, guidance=options.guidance)
     label = options.label
     if label is not None and (not re.fullmatch(r"[A-Za-z0-9_]+", label) or label.startswith(tuple(TITLES))):
         parser.error(
@@ -125,15 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "named by it."
         )
     if options.study == "downstream":
-        if options.label:
-            parser.error("--label is for the other studies: give downstream tables an --output and --reports instead.")
+        if options.label or options.guidance != GUIDANCE:
+            parser.error(
+                "--label and --guidance are for the other studies: give downstream tables an --output and --reports, "
+                "and leave guidance as it is."
+            )
         return downstream_study(options, budget)
     folder = options.output / _named(options)
     bench = Bench(options.output, options.cache, None, options.samples)
     if options.study == "few_shot":
         rows = few_shot.rows(bench, budget, options.seeds, sampling)
     elif options.study == "steps":
-        rows = steps.rows(bench, budget, folder / "model", Recipe(options.n, options.seeds[0]))
+        rows = steps.rows(bench, budget, folder / "model", Recipe(options.n, options.seeds[0]), options.guidance)
     elif options.study == "compute":
         rows = compute.rows(bench, budget, folder, options.seeds[0], sampling)
     else:
@@ -224,7 +228,7 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
         more["tables"] = {**more.get("tables", {}), title: few_shot.renoised(outcome, by)}
     if outcome.not_run:
         conclusions.append(f"Not run: {', '.join(outcome.not_run)}.")
-    more["remarks"] = " ".join([REMARKS[options.study], *conclusions])
+    more["remarks"] = " ".join([REMARKS[options.study].format(guidance=options.guidance), *conclusions])
     picture = options.reports / f"{name}.png"
     if outcome.done:
         if options.study == "baselines":

@@ -18,7 +18,8 @@ from allpet.systems.sampling import Samples
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import choose_guidance
 import study
-from studies.training import HERE, Bench
+from studies import steps
+from studies.training import HERE, Bench, Budget, Recipe
 
 from data_modules import SimulatedPET
 
@@ -106,7 +107,7 @@ def test_the_file_that_users_sample_with_has_the_defaults():
     assert Sampling(**file["model"]["init_args"]["sampling"]) == Sampling()
 
 
-def test_a_label_makes_a_table_of_its_own(tmp_path, capsys):
+def test_a_label_makes_a_table_of_its_own(tmp_path):
     places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports"), "--minutes", "0"]
     study.main(["few_shot", "--label", "longer", *places])
     report = json.loads((tmp_path / "reports/study_longer_few_shot.json").read_text())
@@ -119,11 +120,26 @@ def test_a_label_makes_a_table_of_its_own(tmp_path, capsys):
     with pytest.raises(ValueError, match="was measured with another"):
         study.main(["few_shot", "--label", "longer", *places])
     study.main(["few_shot", *places])
+    assert not (tmp_path / "studies/few_shot").exists(), "no row was run"
+
+
+def test_a_study_is_guided_as_asked_for_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(Bench, "rows", lambda self: torch.arange(3))
+    places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports"), "--minutes", "0"]
+    study.main(["steps", "--guidance", "3", *places])
+    assert "guided by 3." in json.loads((tmp_path / "reports/study_steps.json").read_text())["remarks"]
+    rows = steps.rows(Bench(tmp_path, "", None), Budget(1, 1), tmp_path, Recipe(500, 0), guidance=3.0)
+    assert {row.facts["guidance"] for row in rows} == {3.0}
+
+
+def test_labels_that_would_mix_tables_up_are_refused(tmp_path, capsys):
+    places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports"), "--minutes", "0"]
     for words, sentence in (
         (["few_shot", "--label", "a b"], "--label is 'a b', but must be of letters, digits and _"),
         (["few_shot", "--label", ""], "--label is '', but must be of letters"),
         (["few_shot", "--label", "steps_2"], "and begin with no study's name"),
-        (["downstream", "--label", "longer"], "--label is for the other studies"),
+        (["downstream", "--label", "longer"], "--label and --guidance are for the other studies"),
+        (["downstream", "--guidance", "2"], "--label and --guidance are for the other studies"),
     ):
         with pytest.raises(SystemExit):
             study.main([*words, *places])

@@ -9,7 +9,7 @@ from typing import Any
 
 from allpet import Sampling
 from studies.rows import Row
-from studies.training import GUIDANCE, Bench, Budget, Recipe, facts, load, train
+from studies.training import Bench, Budget, Recipe, facts, load, train
 
 STEPS = (10, 20, 5, 50, 2, 1)
 SAMPLERS = ("dpm++2m", "ddim", "unipc", "ddpm")
@@ -17,7 +17,7 @@ SHOWN = ("kid_conv", "sw_conv", "energy_distance", "spectrum_image_30mm", "row_s
 JUDGED = ("kid_conv", "sw_conv", "sw_raw")
 
 
-def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe) -> list[Row]:
+def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe, guidance: float) -> list[Row]:
     """Return the rows: the sampler's own 10 steps and 1,000 of DDPM first, then the rest.
 
     Args:
@@ -25,6 +25,7 @@ def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe) -> list[Row]
         budget: of the training, where it has not been done.
         model: folder of the training, which is made if it is missing.
         recipe: of the training.
+        guidance: of all ways to sample.
     """
     order = [("dpm++2m", 10), ("ddpm", 1000)]
     order += [(name, steps) for steps in STEPS for name in SAMPLERS if (name, steps) not in order]
@@ -34,7 +35,7 @@ def rows(bench: Bench, budget: Budget, model: Path, recipe: Recipe) -> list[Row]
             {**facts(how), "n": recipe.n, "seed": recipe.seed, "samples": len(bench.rows())},
             partial(_measure, bench, budget, model, recipe, how),
         )
-        for how in (Sampling(name, steps, guidance=GUIDANCE) for name, steps in order)  # type: ignore[arg-type]
+        for how in (Sampling(name, steps, guidance=guidance) for name, steps in order)  # type: ignore[arg-type]
     ]
 
 
