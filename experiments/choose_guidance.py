@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from studies.few_shot import spread
+from studies.few_shot import SHOWN, spread
 from studies.rows import Outcome, Row, run_rows
 from studies.training import GUIDANCE, HERE, Bench, Budget, Recipe, facts, load, power, train
 
@@ -25,17 +25,6 @@ from allpet import Sampling
 from allpet.reports import FOLDER, table, write_report
 
 WEIGHTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
-SHOWN = (
-    "kid_conv",
-    "sw_conv",
-    "energy_distance",
-    "coverage_conv",
-    "power_min_30mm",
-    "power_max_30mm",
-    "row_sum_cv",
-    "hl_residual",
-    "prompt_obeyed",
-)
 
 
 def plan(bench: Bench, budgets: Sequence[Budget], seeds: Sequence[int], folder: Path) -> list[Row]:
