@@ -105,6 +105,12 @@ def asked(n: int) -> Condition:
     return Condition.of("low_dose", ["FDG:abdomen"] * n, dose=0.1)
 
 
+def relative_errors(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """Of each slice, relative to what is drawn of it, but to no less than a hundredth of what is wanted."""
+    error, size, least = (x.square().sum((1, 2, 3)) for x in (drawn - wanted, drawn, wanted))
+    return error / size.clamp_min(0.01 * float(least.mean()))
+
+
 # ------------------------------------------------------------------------------------------------------- methods
 
 
@@ -202,7 +208,7 @@ def test_the_error_of_the_sinogram_is_that_of_what_is_decoded(name, data, tmp_pa
     errors = system.errors
     wanted, _ = system._latents(batch)
     decoded = system._decode(wanted, GEOMETRY.sinogram_shape)
-    lost = ((decoded - batch.noisy).square().sum((1, 2, 3)) / batch.noisy.square().sum((1, 2, 3))).mean()
+    lost = relative_errors(decoded, batch.noisy).mean()
     system.errors = lambda *given: errors(*given)._replace(clean=wanted)
     whole = system._loss(batch, ("x",))
     system.sinogram_weight = 0.0
@@ -220,6 +226,26 @@ def test_the_error_of_the_sinogram_is_that_of_what_is_decoded(name, data, tmp_pa
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
     assert not any(parameter.requires_grad for parameter in system.autoencoder.parameters())
+
+
+def test_the_error_of_the_sinogram_stands_still_at_the_mean(data):
+    """Of targets of unlike strength that one input may have, none counts for more; nothing drawn divides by nothing."""
+    system = make(autoencoder=PixelSpace)
+    batch = data.train_set[[0, 0]]
+    strengths = torch.tensor([0.2, 1.8])[:, None, None, None]
+    batch = batch._replace(noisy=strengths * batch.expected)
+    drawn = batch.expected[:1].clone().requires_grad_()
+
+    def gradient(times: float) -> Tensor:
+        loss = system._sinogram_error((times * drawn).expand(2, -1, -1, -1), batch, None)
+        return torch.autograd.grad(loss, drawn)[0]
+
+    down, still, up, nothing = map(gradient, (0.8, 1.0, 1.2, 0.0))
+    shown = drawn > 0
+    assert still.abs().max() < 1e-6 * up.abs().max()
+    assert (down[shown] < 0).all()
+    assert (up[shown] > 0).all()
+    assert nothing.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -241,11 +267,11 @@ def test_two_targets_are_judged_together():
     latents = system._latents(batch)[0]
     error = system._sinogram_error(latents, batch, None)
     decoded = system._decode(latents, GEOMETRY.sinogram_shape).view_as(batch.noisy)
-    expected = (decoded - batch.noisy).square().sum((1, 2, 3)) / batch.noisy.square().sum((1, 2, 3))
-    torch.testing.assert_close(error, expected.mean())
+    torch.testing.assert_close(error, relative_errors(decoded, batch.noisy).mean())
     empty = batch._replace(noisy=batch.noisy * torch.tensor([1.0, 0.0])[:, None, None, None])
     one = system._sinogram_error(latents, empty, None)
-    torch.testing.assert_close(one, expected[0], msg="a slice without any target does not count")
+    alone = relative_errors(decoded[:1], batch.noisy[:1])[0]
+    torch.testing.assert_close(one, alone, msg="a slice without any target does not count")
     assert system._sinogram_error(latents, batch._replace(noisy=0 * batch.noisy), None) == 0
     doubled = system._sinogram_error(latents, batch, torch.full((4, 1, 1, 1), 2.0).expand(-1, -1, 16, 16))
     torch.testing.assert_close(doubled, 2 * error)
