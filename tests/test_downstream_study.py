@@ -82,6 +82,8 @@ def test_the_truth_is_without_error_and_a_scaled_truth_has_that_bias(held_out):
     for name in ("lesion_max_bias", "lesion_mean_bias"):
         assert weak[name] == pytest.approx(-0.1, abs=1e-3)
     assert weak["tissue_bias"] == weak["worst_bias"] == pytest.approx(0.1, abs=1e-3)
+    assert weak["tissue_signed"] == pytest.approx(-0.1, abs=1e-3)
+    assert weak["tissue_sd"] == pytest.approx(0, abs=1e-3)
     assert weak["l2"] == pytest.approx(0.1)
     assert weak["lesion_recovery"] == pytest.approx(1, abs=1e-3), "contrast has no scale"
 
@@ -283,6 +285,8 @@ def test_conclusions_follow_from_the_numbers():
     assert "+0.30 dB; at least as good holds" in good
     assert "mean tissue bias 1 % (at most 2 %: holds); mean lesion SUVmax bias 5 % (at most 10 %: holds)" in good
     assert "against DDBM as published with 119 calls: PSNR +0.50 dB" in good
+    signed = said("low_dose", row("bridge", tissue_signed=-0.004, tissue_sd=0.011))
+    assert "mean tissue bias 1 % (at most 2 %: holds; with its sign -0.4 +- 1.1 %)" in signed
     poor = said("low_dose", row("bridge", psnr=32.0, tissue_bias=0.03), oracle, row("regression", psnr=33.0))
     assert "+1.00 dB where +2 is expected: does not hold" in poor
     assert "-1.00 dB; at least as good does not hold" in poor

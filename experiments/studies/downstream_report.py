@@ -38,6 +38,8 @@ SHOWN = {
     "ssim_image": "ssim_image",
     "l2_image": "l2_image",
     "tissue_bias": "tissue_bias_%",
+    "tissue_signed": "tissue_signed_%",
+    "tissue_sd": "tissue_sd_%",
     "worst_bias": "worst_bias_%",
     "lesion_max_bias": "lesion_max_%",
     "lesion_mean_bias": "lesion_mean_%",
@@ -204,9 +206,17 @@ def _within(ours: Lines, limits: dict[str, float]) -> str:
         words = {"tissue_bias": "mean tissue bias", "worst_bias": "worst tissue", "hl0": "Helgason-Ludwig moment 0"}
         parts.append(
             f"{words.get(name, 'mean lesion SUVmax bias')} {times * value:.3g}{unit} (at most {times * limit:g}{unit}: "
-            f"{_verdict(value <= limit)})"
+            f"{_verdict(value <= limit)}{_with_sign(ours) if name == 'tissue_bias' else ''})"
         )
     return "; ".join(parts)
+
+
+def _with_sign(ours: Lines) -> str:
+    """Return mean and deviation over tissues, which is what is published of others; nothing where it is not known."""
+    if not all("tissue_signed" in line for line in ours):
+        return ""
+    mean, deviation = (100 * over(ours, name) for name in ("tissue_signed", "tissue_sd"))
+    return f"; with its sign {mean:+.1f} +- {deviation:.1f} %"
 
 
 def _fitting(found: _Found) -> str:

@@ -8,6 +8,7 @@ reference shows: its uptake at least ``VISIBLE`` times that of the ring around i
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -156,7 +157,7 @@ class HeldOut:
         }
 
     def _tissue_numbers(self, image: Tensor) -> dict[str, float | str]:
-        """Bias of each tissue's uptake over all held-out slices; mean and worst of its size over the tissues."""
+        """Bias of each tissue's uptake over all held-out slices: mean and worst size, signed mean and deviation."""
         biases: dict[str, float] = {}
         body = float(self.image[self.labels > 0].mean())
         for tracer in self.tracer.unique().tolist():
@@ -170,12 +171,15 @@ class HeldOut:
                 if theirs >= _FAINT * body:
                     biases[f"{TRACERS[tracer]} {name}"] = float(image[area].mean()) / theirs - 1
         if not biases:
-            return {"tissues": 0, "tissue_bias": float("nan"), "worst_bias": float("nan"), "worst_tissue": ""}
+            none = dict.fromkeys(("tissue_bias", "tissue_signed", "tissue_sd", "worst_bias"), float("nan"))
+            return {"tissues": 0, **none, "worst_tissue": ""}
         worst = max(biases, key=lambda name: abs(biases[name]))
-        mean = sum(abs(bias) for bias in biases.values()) / len(biases)
+        values = list(biases.values())
         return {
             "tissues": len(biases),
-            "tissue_bias": mean,
+            "tissue_bias": statistics.fmean(map(abs, values)),
+            "tissue_signed": statistics.fmean(values),
+            "tissue_sd": statistics.pstdev(values),
             "worst_bias": abs(biases[worst]),
             "worst_tissue": worst,
         }
