@@ -50,7 +50,6 @@ SHOWN: dict[str, dict[str, str]] = {
     "task": {
         "psnr": "PSNR in dB, test",
         "relative_l2": "relative L2 error, test",
-        "val_loss": "validation loss",
     },
 }
 REMARKS = {

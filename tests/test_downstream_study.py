@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -83,9 +85,20 @@ def test_the_truth_is_without_error_and_a_scaled_truth_has_that_bias(held_out):
         assert weak[name] == pytest.approx(-0.1, abs=1e-3)
     assert weak["tissue_bias"] == weak["worst_bias"] == pytest.approx(0.1, abs=1e-3)
     assert weak["tissue_signed"] == pytest.approx(-0.1, abs=1e-3)
-    assert weak["tissue_sd"] == pytest.approx(0, abs=1e-3)
     assert weak["l2"] == pytest.approx(0.1)
     assert weak["lesion_recovery"] == pytest.approx(1, abs=1e-3), "contrast has no scale"
+
+
+def test_biases_of_tissues_have_a_size_a_sign_and_a_spread(held_out):
+    two = copy.copy(held_out)
+    x, _ = GEOMETRY.pixel_centers
+    two.labels = torch.where((held_out.labels == LABELS["liver"]) & (x > 0), LABELS["spleen"], held_out.labels)
+    wrong = held_out.image * torch.where(x > 0, 0.8, 1.1)
+    numbers = two._tissue_numbers(wrong)
+    expected = {"tissues": 2, "tissue_bias": 0.15, "tissue_signed": -0.05, "tissue_sd": 0.15 * 2**0.5}
+    assert {name: numbers[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    two.labels = 0 * held_out.labels
+    assert math.isnan(two._tissue_numbers(wrong)["tissue_signed"])
 
 
 def test_lesions_left_out_are_lost_contrast_and_nothing_else(held_out):
@@ -286,7 +299,7 @@ def test_conclusions_follow_from_the_numbers():
     assert "mean tissue bias 1 % (at most 2 %: holds); mean lesion SUVmax bias 5 % (at most 10 %: holds)" in good
     assert "against DDBM as published with 119 calls: PSNR +0.50 dB" in good
     signed = said("low_dose", row("bridge", tissue_signed=-0.004, tissue_sd=0.011))
-    assert "mean tissue bias 1 % (at most 2 %: holds; with its sign -0.4 +- 1.1 %)" in signed
+    assert "mean tissue bias 1 % (at most 2 %: holds, with its sign -0.4 ± 1.1 %)" in signed
     poor = said("low_dose", row("bridge", psnr=32.0, tissue_bias=0.03), oracle, row("regression", psnr=33.0))
     assert "+1.00 dB where +2 is expected: does not hold" in poor
     assert "-1.00 dB; at least as good does not hold" in poor

@@ -108,7 +108,7 @@ def asked(n: int) -> Condition:
 def relative_errors(drawn: Tensor, wanted: Tensor) -> Tensor:
     """Of each slice, relative to what is drawn of it, but to no less than a hundredth of what is wanted."""
     error, size, least = (x.square().sum((1, 2, 3)) for x in (drawn - wanted, drawn, wanted))
-    return error / size.clamp_min(0.01 * float(least.mean()))
+    return error / size.maximum(0.01 * least)
 
 
 # ------------------------------------------------------------------------------------------------------- methods
@@ -234,18 +234,30 @@ def test_the_error_of_the_sinogram_stands_still_at_the_mean(data):
     batch = data.train_set[[0, 0]]
     strengths = torch.tensor([0.2, 1.8])[:, None, None, None]
     batch = batch._replace(noisy=strengths * batch.expected)
-    drawn = batch.expected[:1].clone().requires_grad_()
 
     def gradient(times: float) -> Tensor:
-        loss = system._sinogram_error((times * drawn).expand(2, -1, -1, -1), batch, None)
+        drawn = (times * batch.expected[:1]).requires_grad_()
+        loss = system._sinogram_error(drawn.expand(2, -1, -1, -1), batch, None)
         return torch.autograd.grad(loss, drawn)[0]
 
-    down, still, up, nothing = map(gradient, (0.8, 1.0, 1.2, 0.0))
-    shown = drawn > 0
+    down, still, up, higher, nothing = map(gradient, (0.8, 1.0, 1.2, 1.4, 0.0))
+    shown = batch.expected[:1] > 0
     assert still.abs().max() < 1e-6 * up.abs().max()
     assert (down[shown] < 0).all()
     assert (up[shown] > 0).all()
-    assert nothing.isfinite().all()
+    torch.testing.assert_close(up, higher * (0.2 / 1.2**2) / (0.4 / 1.4**2))
+    assert (nothing[shown] < 0).all()
+
+
+@pytest.mark.parametrize("loss", ["l2", "l1"])
+def test_the_error_of_the_sinogram_is_relative_to_each_slice_as_drawn(loss, data):
+    system = make(autoencoder=PixelSpace, loss=loss)
+    batch = data.train_set[[0, 1]]
+    batch = batch._replace(noisy=batch.expected * torch.tensor([1.0, 30.0])[:, None, None, None])
+    power = 2 if loss == "l2" else 1
+    for times in (2.0, 0.5):
+        found = system._sinogram_error(times * batch.noisy, batch, None)
+        torch.testing.assert_close(found, torch.tensor(abs(times - 1) ** power / times**power))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ WITHOUT = {
     "bridge_without_sinogram_loss": ["--model.sinogram_weight=0"],
 }
 """The bridge without one of its parts each; low dose alone has these rows."""
+UNDECODED = ("stage1", "prior", "regression_pixels", "conditional", "ddbm", "bridge_without_sinogram_loss")
+"""Methods that do not train on the error of what their predictions decode to, besides those that do not train."""
 LONGER = {"bridge_longer": "bridge", "regression_longer": "regression"}
 """What is trained ``TIMES`` as long as all others, and what it is otherwise."""
 TIMES = 4
@@ -87,6 +89,8 @@ def rows(plan: Plan) -> list[Row]:
             file = {"regression_synthetic": "regression", **LONGER}.get(method, method)
             overlay = file if file in OVERLAYS else None
             facts["recipe"] = plan.recipe(overlay, "multi_task" if method == "multi_task" else None)
+        if method not in (*UNTRAINED, *UNDECODED):
+            facts["decoded_error"] = "relative to what is drawn"  # of rows of before: to the targets
         if method in LONGER:
             facts["steps"] *= TIMES
         if method in SEVERAL and pairs == plan.pairs:

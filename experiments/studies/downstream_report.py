@@ -212,11 +212,11 @@ def _within(ours: Lines, limits: dict[str, float]) -> str:
 
 
 def _with_sign(ours: Lines) -> str:
-    """Return mean and deviation over tissues, which is what is published of others; nothing where it is not known."""
+    """Return mean and deviation over tissues, as regional biases are mostly published; nothing where not measured."""
     if not all("tissue_signed" in line for line in ours):
         return ""
-    mean, deviation = (100 * over(ours, name) for name in ("tissue_signed", "tissue_sd"))
-    return f"; with its sign {mean:+.1f} +- {deviation:.1f} %"
+    signed, deviation = (100 * over(ours, name) for name in ("tissue_signed", "tissue_sd"))
+    return f", with its sign {signed:+.1f} ± {deviation:.1f} %"
 
 
 def _fitting(found: _Found) -> str:

@@ -179,7 +179,7 @@ class HeldOut:
             "tissues": len(biases),
             "tissue_bias": statistics.fmean(map(abs, values)),
             "tissue_signed": statistics.fmean(values),
-            "tissue_sd": statistics.pstdev(values),
+            "tissue_sd": statistics.stdev(values) if len(values) > 1 else 0.0,
             "worst_bias": abs(biases[worst]),
             "worst_tissue": worst,
         }

@@ -264,11 +264,11 @@ def renoised(outcome: Outcome, by: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:
-    """Return mean and standard deviation of columns over rows, as text."""
+    """Return mean and standard deviation of columns over rows, as text; of those that all rows have."""
     texts = {}
     for name in names:
         values = [float(row[name]) for row in group if name in row]
-        if values:
+        if values and len(values) == len(group):
             texts[name] = f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
     return texts
 

@@ -37,7 +37,7 @@ from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
 _MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
-_LEAST_DRAWN = 0.01  # of the size of the batch's mean targets; what is drawn may be nothing at first
+_LEAST_DRAWN = 0.01  # of the size of a slice's targets (of squares for l2); what is drawn may be nothing at first
 _STATISTICS = ("moments", "given_moments", "input_ratio")  # measured when training starts
 Self = TypeVar("Self", bound="PairedSystem")
 
@@ -192,8 +192,8 @@ class PairedSystem(LatentSystem):
             predicts what that leaves open, it starts at zero.
         target: "noisy" or "expected".
         loss: "l2" or "l1".
-        sinogram_weight: of the error of the decoded prediction in the loss, relative to what it shows; what of the
-            latents matters, and how much, the decoder then says. 0: the error of the latents alone.
+        sinogram_weight: of the error of the decoded prediction in the loss, relative to the size of what is
+            drawn; what of the latents matters, and how much, the decoder then says. 0: the error of the latents alone.
         decode_batch: sinograms that are decoded at once for that, each anew in the backward pass, which takes less
             memory and more time; None for all of the batch, which are kept.
         attention: what is made of attention; None for nothing.
@@ -407,7 +407,11 @@ class PairedSystem(LatentSystem):
         return loss
 
     def validation_step(self, batch: PairedBatch, batch_idx: int) -> None:
-        """Log the same error at fixed times, and the error of a quick result against the expected target."""
+        """Log the same error at fixed times, and the error of a quick result against the expected target.
+
+        Models are compared by ``val/relative_l2`` and ``val/psnr``: the loss is relative to what is drawn, which those
+        that draw too much have more of.
+        """
         size = len(batch.input)
         log_mean(self, {"val/loss": self._loss(batch, ("validation",))}, size, prog_bar=True)
         self._log_errors("val", batch, self.quick_sampling())
@@ -682,10 +686,10 @@ class PairedSystem(LatentSystem):
     def _sinogram_error(self, clean: Tensor, batch: PairedBatch, weight: Tensor | None) -> Tensor:
         """Mean over slices of the decoded latents' error, relative to what is drawn of the slice, all targets together.
 
-        Relative to the targets, those of the smaller values would count for more among all that one input may have, and
-        what is drawn would lie below their mean, the more the less is known of their scale, as without attenuation
-        correction. What is drawn counts as given there, without a gradient, so that the loss stands still at the mean
-        (quasi-likelihood, Wedderburn 1974). Slices whose targets are empty do not count.
+        Relative to the targets, weak ones would count for more among those that one input may have, and what is drawn
+        would lie below their mean, the more the less is known of their strength. What is drawn has no gradient as a
+        reference, so that this part of the loss stands still at the mean (l2; l1: at the median), as a quasi-likelihood
+        does whose standard deviation grows with the mean (Wedderburn 1974). Slices of empty targets do not count.
         """
         targets = self._targets(batch)
         full = self._decode_for_gradients(clean, (targets.shape[-2], targets.shape[-1]))
@@ -696,8 +700,7 @@ class PairedSystem(LatentSystem):
             error = weight.view_as(wanted) * error
         size = self._size(wanted).sum((1, 2, 3))
         shown = size > 0
-        least = _LEAST_DRAWN * size.sum() / shown.sum().clamp_min(1)
-        reference = self._size(drawn.detach()).sum((1, 2, 3)).maximum(least)
+        reference = self._size(drawn.detach()).sum((1, 2, 3)).maximum(_LEAST_DRAWN * size)
         relative = error.sum((1, 2, 3)) / torch.where(shown, reference, 1)
         return (shown * relative).sum() / shown.sum().clamp_min(1)
 
