@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
@@ -32,12 +33,14 @@ class Tile(NamedTuple):
         limits: values of the two ends of the colour range.
         title: what stands above it.
         colours: name of a matplotlib colour map.
+        box: first row, first column, rows and columns of a part to frame; None for none.
     """
 
     values: Tensor
     limits: tuple[float, float]
     title: str = ""
     colours: str = ACTIVITY
+    box: tuple[int, int, int, int] | None = None
 
 
 def draw_grid(
@@ -57,7 +60,7 @@ def draw_grid(
             _show(axis, tile)
         for axis in line[len(tiles) :]:
             axis.set_axis_off()
-        line[0].set_ylabel(label, fontsize=7)
+        line[0].set_ylabel(label, fontsize=8)
     return figure
 
 
@@ -119,6 +122,9 @@ def _grid(n_rows: int, n_columns: int, title: str, inches: float) -> tuple[Figur
 def _show(axis: Axes, tile: Tile) -> AxesImage:
     low, high = tile.limits
     axis.set_title(tile.title, fontsize=7)
+    if tile.box is not None:
+        row, column, height, width = tile.box
+        axis.add_patch(Rectangle((column - 0.5, row - 0.5), width, height, fill=False, edgecolor="C3", linewidth=0.8))
     return axis.imshow(
         _array(tile.values), cmap=tile.colours, vmin=low, vmax=high, interpolation="nearest", aspect="auto"
     )

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         budgets = [Budget(*map(int, text.split("/", 1))) for text in given.budgets]
     except (TypeError, ValueError):
         parser.error(f"--budgets is {' '.join(given.budgets)}, but must be steps of both stages, such as 1000/1200.")
-    bench = Bench(given.output, given.cache, None, given.samples, part="val")
+    bench = Bench(given.output, given.cache, given.samples, part="val")
     folder = given.output / "guidance"
     outcome = run_rows(plan(bench, budgets, given.seeds, folder), folder, given.minutes)
     if not outcome.done:

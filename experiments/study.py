@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         return downstream_study(options, budget)
     folder = options.output / _named(options)
-    bench = Bench(options.output, options.cache, None, options.samples)
+    bench = Bench(options.output, options.cache, options.samples)
     if options.study == "few_shot":
         rows = few_shot.rows(bench, budget, options.seeds, sampling)
     elif options.study == "steps":
@@ -221,8 +221,12 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     if options.study == "steps":
         conclusions.append(steps.conclusion(outcome.done))
     if options.study == "baselines":
-        apart = baselines.differences(bench, folder, outcome.done) if last and outcome.done else {}
-        conclusions.append(baselines.conclusion(outcome.done, apart))
+        whole = baselines.WholeSets([], {})
+        if last and outcome.done:
+            whole = baselines.whole_sets(bench, folder, outcome.done)
+        conclusions.append(baselines.conclusion(outcome.done, whole.apart))
+        tables = {"Distances of whole sets": whole.lines, "Consistency of ours": baselines.looks(outcome.done)}
+        more["tables"] = {name: lines for name, lines in tables.items() if lines}
     if options.study in ("few_shot", "baselines"):
         by = ("n", "augmentation") if options.study == "few_shot" else ("method",)
         title = "Samples with counting noise against noisy slices"
@@ -274,7 +278,7 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
     names = {
         "kid_conv": "KID, random features",
         "sw_conv": "sliced Wasserstein, random features",
-        "spectrum_image_30mm": "power at 30 mm over real",
+        "spectrum_image_30mm": "power at 30 mm over real, of halves of the patients",
         "hl_residual": "Helgason-Ludwig residual",
     }
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -288,20 +292,24 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
             means = [sum(y for x, y in points if x == place) / sum(x == place for x, _ in points) for place in places]
             (line,) = axis.plot([aside * x for x in places], means, label=group, color=f"C{i}" if i < 10 else "black")
             axis.plot([aside * x for x, _ in points], [y for _, y in points], "o", color=line.get_color(), markersize=4)
-        axis.axhline(sum(row[f"{name}_floor"] for row in done) / len(done), color="black", linestyle="--", linewidth=1)
+        floor = sum(row[f"{name}_floor"] for row in done) / len(done)
+        axis.axhline(floor, color="black", linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.set_xticks([], minor=True)
         axis.set_xlabel(label)
         axis.set_title(title, fontsize=9)
         if min(row[name] for row in done) > 0:
+            if floor <= 0:
+                axis.set_title(f"{title} (dashed line: {floor:.2g}, below)", fontsize=9)
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 5, 7)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.set_yticks([], minor=True)
             axis.tick_params(axis="y", labelsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.suptitle("Dots: trainings; lines: their means; dashed: one half of the held-out patients beside the other")
+    dots = "one training, sampled in different ways" if study == "steps" else "trainings; lines: their means"
+    figure.suptitle(f"Dots: {dots}; dashed: one half of the held-out patients beside the other")
     return figure
 
 

@@ -128,7 +128,7 @@ def test_a_study_is_guided_as_asked_for_and_says_so(monkeypatch, tmp_path):
     places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports"), "--minutes", "0"]
     study.main(["steps", "--guidance", "3", *places])
     assert "guided by 3." in json.loads((tmp_path / "reports/study_steps.json").read_text())["remarks"]
-    rows = steps.rows(Bench(tmp_path, "", None), Budget(1, 1), tmp_path, Recipe(500, 0), guidance=3.0)
+    rows = steps.rows(Bench(tmp_path, ""), Budget(1, 1), tmp_path, Recipe(500, 0), guidance=3.0)
     assert {row.facts["guidance"] for row in rows} == {3.0}
 
 

@@ -52,6 +52,13 @@ def test_every_report_is_on_the_page(tmp_path):
         f"`{report['command']}`",
     ):
         assert expected in text
+    (tmp_path / "remarks.md").write_text("# Remarks\n\nOf tables.\n\n## first, second\n\nMade\nby hand.\n")
+    further = results_table.page(tmp_path)
+    assert further.index("## second") < further.rindex("Made by hand.") < further.index("| 0.25 ")
+    assert further.count("Made by hand.") == 2
+    (tmp_path / "remarks.md").write_text("# Remarks\n\n## third\n\nMade by hand.")
+    with pytest.raises(SystemExit, match="speaks of third, of which there is no report"):
+        results_table.page(tmp_path)
     assert text.index("## Speed") < text.index("## second") < text.index("| 0.25 ") < text.index("(results/second.png)")
 
 

@@ -15,6 +15,7 @@ from allpet import Autoencoder, ParallelBeam, Prompt, SinogramGAN, symmetry
 from allpet.batches import unmasked_stack
 from allpet.consistency import Correction, consistency_numbers
 from allpet.evaluation.classifier import PromptClassifier
+from allpet.evaluation.features import EncoderFeatures
 from allpet.evaluation.suite import Evaluation, Spectrum
 from allpet.io import read_scan
 from allpet.models.autoencoder import Decoded
@@ -283,11 +284,15 @@ def test_limits_and_baselines_are_read_from_the_rows():
     assert "ours_plain minus the other" in said
     assert "lower than none; higher than gan +0.1 (+0.05 to +0.2), score +0.2 (+0.1 to +0.3); not" in said
     assert "score is as consistent or more so in row_sum_cv, centre_residual, hl_residual, seam_jump." in said
-    assert "96x168 0.001 (at most 0.01: holds)" in said
+    assert "after corrections and at other sizes: all hold." in said
+    assert "from it: as near it does not hold." in said
+    lines = {line["samples"]: line for line in baselines.looks(rows)}
+    assert lines["96 x 168"]["row_sum_cv"] == lines["as the decoder leaves them"]["row_sum_cv"] == "0.001"
+    assert len(lines) == 8
     rows[0] |= {"power_min_20mm": 0.4, "hl_residual_256x400": 0.02, "open_distance": 0.3, "seam_jump": 2.0}
     said = baselines.conclusion(rows, apart)
     assert "power_min_20mm 0.4 (at least 0.5: does not hold)" in said
-    assert "0.02 (at most 0.012: does not hold)" in said
+    assert "beyond them are as sampled (power restored): seam_jump 2; 256 x 400: hl_residual 0.02." in said
     assert "seam_jump 2 (at most 1.5: does not hold)" in said
     assert "within 0.2: it does not hold" in said
     assert baselines.conclusion(rows[1:], {}) == "Ours was not run."
@@ -397,7 +402,7 @@ def bench(tmp_path_factory) -> Bench:
         cache=None,
     )
     data.setup()
-    made = Bench(folder, "unused", None, samples=14)
+    made = Bench(folder, "unused", samples=14)
     made.data = lambda n: data
 
     known = data.train_set[list(range(len(data.train_set)))]
@@ -408,6 +413,11 @@ def bench(tmp_path_factory) -> Bench:
             return Prompt(*(index[nearest] for index in known.prompt))
 
     made.classifier = Nearest(GEOMETRY)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Autoencoder((8, 16))
+    network.scaling.set_scale(float(known.expected.square().mean().sqrt()))
+    made.encoder = EncoderFeatures(network)
     return made
 
 
@@ -440,15 +450,17 @@ def test_the_power_of_training_slices_is_that_which_the_suite_finds(bench):
     assert bench.real_power == pytest.approx(found, rel=1e-4)
 
 
-@pytest.mark.parametrize("distance", ["kid_conv", "sw_conv"])
-def test_intervals_hold_no_difference_between_sets_of_one_kind_and_find_a_blurred_one(distance, bench):
+@pytest.mark.parametrize("features", ["conv", "encoder"])
+@pytest.mark.parametrize("distance", ["kid", "sw"])
+def test_intervals_hold_no_difference_between_sets_of_one_kind_and_find_a_blurred_one(distance, features, bench):
+    extract = bench.encoder if features == "encoder" else None
     test, train = bench.held_out.test_set, bench.held_out.train_set
     real, known = test[list(range(len(test)))], train[list(range(len(train)))].expected
     blurred = torch.nn.functional.avg_pool2d(known, (1, 15), 1, (0, 7))
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     some, others = order.chunk(2)
     sets = {"a": known[some], "b": known[others], "blurred": blurred[some], "more": known[others].repeat(3, 1, 1, 1)}
-    found = resampled(real.expected, real.patient_id, sets, distance, draws=40)
+    found = resampled(real.expected, real.patient_id, sets, distance, draws=40, extract=extract)
     same, worse = Difference.of(found["a"], found["b"]), Difference.of(found["a"], found["blurred"])
     assert same.low < 0 < same.high
     assert worse.high < 0
@@ -476,13 +488,52 @@ def test_noisy_methods_are_compared_among_noisy_slices(bench, tmp_path):
             (tmp_path / row).mkdir()
             torch.save({"sinogram": sinogram * (1 + 9 * seed)}, tmp_path / row / "samples.pt")
             rows.append({"row": row, "method": name, "seed": seed})
-    found = baselines.differences(bench, tmp_path, rows)
-    same = found["kid_conv"]["ours"]["vae_gaussian"]
-    assert same.value == 0, "of the seed that both have"
-    assert same.low < 0 < same.high
-    noise = found["kid_conv"]["ours"]["gan"]
-    assert noise.low < 0 < noise.high, "noise is added where it is missing"
-    assert baselines.differences(bench, tmp_path, rows[2:]) == {"kid_conv": {}, "sw_conv": {}}
+    found = baselines.whole_sets(bench, tmp_path, rows)
+    for distance in ("kid_conv", "kid_encoder"):
+        same = found.apart[distance]["ours"]["vae_gaussian"]
+        assert same.value == 0, "of the seed that both have"
+        assert same.low < 0 < same.high
+        noise = found.apart[distance]["ours"]["gan"]
+        assert noise.low < 0 < noise.high, "noise is added where it is missing"
+    lines = {(line["slices"], line["method"]): line for line in found.lines}
+    assert lines["expected", "vae_gaussian"]["kid_conv"] == lines["expected", "real training slices"]["kid_conv"]
+    assert lines["noisy", "gan"]["sw_encoder"] == lines["noisy", "real training slices"]["sw_encoder"]
+    assert lines["expected", "ours"]["seeds"] == 2
+    assert "±" in lines["expected", "ours"]["kid_conv"]
+    others = baselines.whole_sets(bench, tmp_path, rows[2:])
+    assert others.apart == {}
+    assert ("noisy", "gan") in {(line["slices"], line["method"]) for line in others.lines}
+
+
+def test_trainings_are_compared_one_by_one(bench, tmp_path):
+    """Two that each show half of what there is are not as near as one that shows it all."""
+    train = bench.held_out.train_set[list(range(len(bench.held_out.train_set)))]
+    halves = [train.expected[train.prompt.region == region] for region in train.prompt.region.unique()]
+    rows = []
+    for n, name, sets in ((500, "both", halves), (2000, "nothing", [train.expected]), (50, "nothing", halves[:1])):
+        for seed, sinogram in enumerate(sets):
+            key = f"n{n}-{name}-seed{seed}"
+            (tmp_path / key).mkdir()
+            torch.save({"sinogram": sinogram}, tmp_path / key / "samples.pt")
+            rows.append({"row": key, "n": n, "augmentation": name, "seed": seed, "kid_conv": 0.1})
+    found = few_shot.data_efficiency(bench, tmp_path, Outcome(rows, [], 0.0), draws=20)
+    assert found["difference"] == pytest.approx(found["kid_few"] - found["kid_many"])
+    assert found["kid_few"] > 0.5 * found["kid_fewest"]
+    assert "means of 2 and 1 trainings" in found["said"]
+    assert "it does not hold" in found["said"]
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "words"),
+    [
+        (-3, -2, -1, "holds"),
+        (-3, -2, 1, "holds in the mean, though the interval reaches beyond it"),
+        (-1, 2, 3, "does not hold in the mean, though the interval allows it"),
+        (1, 2, 3, "does not hold"),
+    ],
+)
+def test_a_limit_is_kept_by_the_mean_or_by_the_whole_interval(low, value, high, words):
+    assert few_shot._verdict(Difference(value, low, high), 0.0) == words
 
 
 def test_ours_are_looked_at_raw_corrected_resized_and_with_open_prompts(bench):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.cost import sampling_cost, training_flops
 from callbacks.figures import Tile, draw_grid, save_figure, top
 from data_modules.simulated import PAPER_PROMPTS
-from studies.intervals import DISTANCES, Difference, resampled, samples_of
+from studies.few_shot import spread
+from studies.intervals import DISTANCES, Difference, mean_of, resampled, samples_of
 from studies.rows import Row
 from studies.training import (
     HERE,
@@ -74,10 +75,16 @@ NOISY = ("pca_gaussian", "resampled", "resampled_symmetries", "gan", "score")
 SIZES = ((96, 168), (180, 128), (256, 400))
 """Views x bins that samples are asked for besides their own."""
 OPEN = 128
+_DRAWN = {"FDG:brain": 3, "FDG:abdomen": 2}  # prompts of the slices in the picture, and how many of each
 SHOWN = (
     "kid_conv",
     "sw_conv",
     "energy_distance",
+    "precision_conv",
+    "recall_conv",
+    "coverage_conv",
+    "suv_distance",
+    "activity_distance",
     "power_min_30mm",
     "power_max_30mm",
     "power_min_20mm",
@@ -282,40 +289,89 @@ _LIMITS: dict[str, tuple[str, float]] = {
     "prompt_obeyed": ("at least", 0.95),
 }
 _CONSISTENCY = ("row_sum_cv", "centre_residual", "hl_residual", "seam_jump")
+_LOOKS = {
+    "as sampled (power restored)": "",
+    "as the decoder leaves them": "_raw",
+    **{f"corrected: {name}": f"_{name}" for name in get_args(Correction)},
+    **{f"{views} x {bins}": f"_{views}x{bins}" for views, bins in SIZES},
+}
+"""Our samples in words, and what names of their numbers end in."""
 
 
 Differences = dict[str, dict[str, dict[str, Difference]]]
 
 
-def differences(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> Differences:
-    """Return, by distance, ours or ours_plain and method, that of the first minus that of the method, with intervals.
+class WholeSets(NamedTuple):
+    """Distances of all samples of a training from all held-out slices, expected or noisy.
 
-    Methods whose samples are noisy are compared among noisy slices, where ours get noise, too. Only seeds that all
-    methods have are taken.
+    Attributes:
+        lines: of each method, mean and, over seeds, standard deviation; and of as many real training slices.
+        apart: by distance, ours or ours_plain and method, that of the first minus that of the method, means over the
+            seeds that both have, with intervals.
     """
-    methods = list(dict.fromkeys(row["method"] for row in done))
-    seeds = set.intersection(*({row["seed"] for row in done if row["method"] == name} for name in methods))
-    test = bench.real_set
-    real = test[list(range(len(test)))]
-    sets = {
-        name: samples_of(folder, [row for row in done if row["method"] == name and row["seed"] in seeds])
-        for name in methods
-    }
-    found: Differences = {distance: {} for distance in DISTANCES}
+
+    lines: list[dict[str, Any]]
+    apart: Differences
+
+
+def whole_sets(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> WholeSets:
+    """Measure distances on random convolutions and on the encoder's features.
+
+    Methods whose samples are noisy are compared among noisy slices, where ours get noise, too.
+    """
+    by_method: dict[str, dict[int, str]] = {}
+    for row in done:
+        by_method.setdefault(row["method"], {})[row["seed"]] = row["row"]
+    samples = samples_of(folder, done)
+    parts = (bench.real_set, bench.held_out.train_set)
+    test, train_set = (part[list(range(len(part)))] for part in parts)
+    apart: Differences = {}
+    lines: list[dict[str, Any]] = []
     for noisy in (False, True):
-        ours = {name: sets[name] for name in ("ours", "ours_plain") if name in sets}
-        others = {name: x for name, x in sets.items() if name not in ours and (name in NOISY) == noisy}
-        if not seeds or not ours or not others:
+        ours = [name for name in ("ours", "ours_plain") if name in by_method]
+        others = [name for name in by_method if name not in ours and (name in NOISY) == noisy]
+        if not others:
             continue
-        if noisy:
-            ours = {name: bench.with_noise(x) for name, x in ours.items()}
-        for distance in DISTANCES:
-            known = real.sinogram if noisy else real.expected
-            measured = resampled(known, real.patient_id, ours | others, distance)
+        sets = {row: samples[row] for name in others for row in by_method[name].values()}
+        for row in (row for name in ours for row in by_method[name].values()):
+            sets[row] = bench.with_noise(samples[row]) if noisy else samples[row]
+        sets["real"] = train_set.sinogram if noisy else train_set.expected
+        known = test.sinogram if noisy else test.expected
+        columns: dict[str, dict[str, Tensor]] = {}
+        for features, extract in {"conv": None, "encoder": bench.encoder}.items():
+            for distance in DISTANCES:
+                columns[f"{distance}_{features}"] = resampled(known, test.patient_id, sets, distance, extract=extract)
+        kind = "noisy" if noisy else "expected"
+        for name in [*ours, *others]:
+            rows = [
+                {title: float(found[row][0]) for title, found in columns.items()} for row in by_method[name].values()
+            ]
+            lines.append({"slices": kind, "method": name, "seeds": len(rows)} | spread(rows, list(columns)))
+        real = {title: float(found["real"][0]) for title, found in columns.items()}
+        lines.append({"slices": kind, "method": "real training slices", "seeds": ""} | spread([real], list(columns)))
+        for title, found in columns.items():
             for mine in ours:
-                between = {name: Difference.of(measured[mine], measured[name]) for name in others}
-                found[distance].setdefault(mine, {}).update(between)
-    return found
+                for name in others:
+                    seeds = sorted(by_method[mine].keys() & by_method[name].keys())
+                    if seeds:
+                        pair = (mean_of(found, [by_method[one][seed] for seed in seeds]) for one in (mine, name))
+                        apart.setdefault(title, {}).setdefault(mine, {})[name] = Difference.of(*pair)
+    return WholeSets(lines, apart)
+
+
+def looks(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how consistent our samples are as decoded, after each correction and at other sizes, and real slices."""
+    rows = [row for row in done if row["method"] == "ours"]
+    lines: list[dict[str, Any]] = [
+        {"samples": words}
+        | spread([{name: row[f"{name}{look}"] for name in _CONSISTENCY} for row in rows], _CONSISTENCY)
+        for words, look in _LOOKS.items()
+        if rows
+    ]
+    floors = [{name: row[f"{name}_floor"] for name in _CONSISTENCY if f"{name}_floor" in row} for row in rows]
+    if any(floors):
+        lines.append({"samples": "real slices (floor)"} | spread(floors, _CONSISTENCY))
+    return lines
 
 
 def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
@@ -323,7 +379,7 @@ def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
 
     Args:
         done: rows.
-        apart: what ``differences`` returns.
+        apart: of ``whole_sets``.
     """
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in done:
@@ -350,59 +406,70 @@ def conclusion(done: Sequence[dict[str, Any]], apart: Differences) -> str:
             worse = [text for name, text in named.items() if found[name].low > 0]
             untold = [text for text in named.values() if text not in better + worse]
             parts.append(
-                f"{distance} of whole sets, {mine} minus the other (95 % interval over slices and held-out patients, "
-                f"not over trainings): lower than {', '.join(better) or 'none'}; higher than "
-                f"{', '.join(worse) or 'none'}; not told apart from {', '.join(untold) or 'none'}."
+                f"{distance} of whole sets, {mine} minus the other (means over the seeds that both have; 95 % interval "
+                f"over slices and held-out patients, not over trainings): lower than {', '.join(better) or 'none'}; "
+                f"higher than {', '.join(worse) or 'none'}; not told apart from {', '.join(untold) or 'none'}."
             )
     for method in (name for name in ("vae_prior", "vae_gaussian", "gan", "score") if name in by_method):
         kept = [name for name in _CONSISTENCY if of("ours", name) < of(method, name)]
         if len(kept) < len(_CONSISTENCY):
             lost = ", ".join(name for name in _CONSISTENCY if name not in kept)
             parts.append(f"{method} is as consistent or more so in {lost}.")
-    looks = ["raw", *get_args(Correction), *(f"{views}x{bins}" for views, bins in SIZES)]
+    beyond = [
+        f"{words}: {name} {of('ours', name + look):.3g}"
+        for words, look in _LOOKS.items()
+        for name in _CONSISTENCY
+        if of("ours", name + look) > _LIMITS[name][1]
+    ]
     parts.append(
-        "Consistency (row sums, centres, Helgason-Ludwig, seam) of the decoder's raw output, after corrections and at "
-        "other sizes: "
-        + "; ".join(f"{look} " + ", ".join(within(f"{name}_{look}", name) for name in _CONSISTENCY) for look in looks)
-        + "."
+        "Limits of consistency, as the decoder leaves samples, after corrections and at other sizes: "
+        + (f"beyond them are {'; '.join(beyond)}." if beyond else "all hold.")
     )
     parts.append(
         f"What open prompts show lies {of('ours', 'open_distance'):.3g} (total variation) from the training mixture, "
         f"from which they are drawn; 95 % of as large draws of training slices lie within "
         f"{of('ours', 'open_limit'):.3g}: it {verdict(of('ours', 'open_distance') <= of('ours', 'open_limit'))}. What "
-        f"the network shows that is told nothing lies {of('ours', 'open_unconditional'):.3g} from it."
+        f"the network shows that is told nothing lies {of('ours', 'open_unconditional'):.3g} from it: as near it "
+        f"{verdict(of('ours', 'open_unconditional') <= of('ours', 'open_limit'))}."
     )
     return " ".join(parts)
 
 
-def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path, columns: int = 5) -> Path:
+def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw sinograms and images of every method side by side, a box of each image enlarged, as the paper's figure 4.
 
-    Slices are those of the first FDG brain prompts, not chosen.
+    Slices are those of the first prompts of FDG brain and abdomen, not chosen.
     """
     test = bench.real_set
     names = test.prompt.names()
     radon = Radon(bench.held_out.geometry)
-    shown: list[tuple[str, Tensor]] = [
-        ("held out", test[[i for i, name in enumerate(names) if name == "FDG:brain"][:columns]].expected)
-    ]
     asked = [names[int(i)] for i in bench.rows()]
-    brains = [i for i, name in enumerate(asked) if name == "FDG:brain"][:columns]
+
+    def first(prompts: Sequence[str]) -> list[int]:
+        return [
+            i for kind, count in _DRAWN.items() for i in [k for k, one in enumerate(prompts) if one == kind][:count]
+        ]
+
+    shown: list[tuple[str, Tensor]] = [("held out", test[first(names)].expected)]
     for row in done:
         if row["seed"] == done[0]["seed"]:
-            kept = torch.load(folder / row["row"] / "samples.pt", weights_only=True)["sinogram"].float()
-            shown.append((row["method"], kept[brains]))
+            shown.append((row["method"], samples_of(folder, [row])[row["row"]][first(asked)]))
     rows, labels = [], []
     for name, sinograms in shown:
         images = osem(radon, sinograms.clamp(min=0), iterations=2, subsets=8)
-        middle = images.shape[-1] // 2
-        boxes = images[..., middle - 12 : middle + 12, middle - 12 : middle + 12]
+        middle, half = images.shape[-1] // 2, 12
+        box = (middle - half, middle - half, 2 * half, 2 * half)
         rows.append(
             [
                 tile
-                for s, i, b in zip(sinograms, images, boxes, strict=True)
-                for tile in (Tile(s[0], (0, top(s))), Tile(i[0], (0, top(i))), Tile(b[0], (0, top(i))))
+                for s, i in zip(sinograms[:, 0], images[:, 0], strict=True)
+                for tile in (
+                    Tile(s, (0, top(s))),
+                    Tile(i, (0, top(i)), box=box),
+                    Tile(i[middle - half : middle + half, middle - half : middle + half], (0, top(i))),
+                )
             ]
         )
         labels.append(name)
-    return save_figure(draw_grid(rows, labels, "FDG brain: sinogram, OSEM image and its middle, enlarged"), path)
+    drawn = " and ".join(_DRAWN)
+    return save_figure(draw_grid(rows, labels, f"{drawn}: sinogram, OSEM image, and the framed part enlarged"), path)

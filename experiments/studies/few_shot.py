@@ -26,7 +26,7 @@ import torch
 from scipy.stats import t as student
 
 from allpet import Sampling
-from studies.intervals import Difference, resampled, samples_of
+from studies.intervals import Difference, mean_of, resampled, samples_of
 from studies.rows import Outcome, Row
 from studies.training import Bench, Budget, Recipe, facts, load, train
 
@@ -53,7 +53,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "moebius": {**UNFOLDED, "padding": "moebius"},
     "symmetric": {**UNFOLDED, "padding": "symmetric"},
 }
-FIRST_VARIANTS = ("one_channel", "no_range_layer", "conditioned", "free", "fixed_count", "image_masks", "binary")
+FIRST_VARIANTS = (
+    "one_channel",
+    "no_range_layer",
+    "conditioned",
+    "free",
+    "fixed_count",
+    "image_masks",
+    "binary",
+    "no_seam",
+    "patch_1",
+    "moebius",
+    "symmetric",
+)
 SHOWN = (
     "kid_conv",
     "sw_conv",
@@ -255,12 +267,19 @@ def said(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def renoised(outcome: Outcome, by: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one line per setting of samples with counting noise against noisy slices, means over seeds."""
-    names = ("renoised_kid_conv", "renoised_sw_conv", "renoised_power_min_30mm", "renoised_power_max_30mm")
+    """Return one line per setting of samples with counting noise against noisy slices, means over seeds; the floor."""
+    powers = [f"renoised_power_{end}_{period}mm" for period in (30, 20) for end in ("min", "max")]
+    names = ("renoised_kid_conv", "renoised_sw_conv", *powers)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in outcome.done:
         groups.setdefault(tuple(row[key] for key in by), []).append(row)
-    return [dict(zip(by, key, strict=True)) | spread(group, names) for key, group in groups.items()]
+    lines: list[dict[str, Any]] = [
+        dict(zip(by, key, strict=True)) | spread(group, names) for key, group in groups.items()
+    ]
+    floors = [{name: row[f"{name}_floor"] for name in names if f"{name}_floor" in row} for row in outcome.done]
+    if any(floors):
+        lines.append(dict.fromkeys(by, "") | {by[-1]: "real slices (floor)"} | spread(floors, names))
+    return lines
 
 
 def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:
@@ -276,10 +295,11 @@ def spread(group: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, s
 def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 200) -> dict[str, Any]:
     """Compare 500 slices with the best augmentation with 2,000 without: KID500 - KID2000 against .05 (KID50 - floor).
 
-    KID is the cubic kernel's squared distance on random convolution features, of whole sets; the floor is that of
-    500 real training slices, without noise, from the same held-out ones. (Halves of the held-out patients, which make
-    the floor elsewhere, differ by more.) The interval is a bootstrap over generated slices and over held-out patients:
-    it does not hold how trainings differ. Rows that are missing are said to be missing.
+    KID is the cubic kernel's squared distance on random convolution features, of all samples of a training, meaned over
+    trainings; the floor is that of 500 real training slices, without noise, from the same held-out ones. (Halves of the
+    held-out patients, which make the floor elsewhere, differ by more.) The interval is a bootstrap over generated
+    slices and over held-out patients: it does not hold how trainings differ. Rows that are missing are said to be
+    missing.
     """
     by_group: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in outcome.done:
@@ -291,28 +311,37 @@ def data_efficiency(bench: Bench, folder: Path, outcome: Outcome, draws: int = 2
         return {"said": "Rows with 500 slices or with 2,000 and no augmentation are missing: nothing to compare yet."}
     best = min(at_500, key=at_500.__getitem__)
     test, others = bench.real_set, bench.data(2000).train_set
-    sets = {
-        "few": samples_of(folder, by_group[500, best]),
-        "many": samples_of(folder, by_group[2000, "nothing"]),
-        "real": others[list(range(0, len(others), 4))].expected,
+    groups = {
+        "few": by_group[500, best],
+        "many": by_group[2000, "nothing"],
+        "fewest": by_group.get((50, "nothing"), []),
     }
-    if (50, "nothing") in by_group:
-        sets["fewest"] = samples_of(folder, by_group[50, "nothing"])
+    sets = samples_of(folder, (row for group in groups.values() for row in group))
+    sets["real"] = others[list(range(0, len(others), 4))].expected
     real = test[list(range(len(test)))]
-    kid = resampled(real.expected, real.patient_id, sets, draws=draws)
+    measured = resampled(real.expected, real.patient_id, sets, draws=draws)
+    kid = {name: mean_of(measured, [row["row"] for row in group]) for name, group in groups.items() if group}
+    kid["real"] = measured["real"]
     difference = Difference.of(kid["few"], kid["many"])
     found: dict[str, Any] = {"best": best, "difference": difference.value, "low": difference.low}
     found |= {"high": difference.high, **{f"kid_{name}": float(values[0]) for name, values in kid.items()}}
     said = (
-        f"KID with 500 slices and {best}, the best of {len(at_500)}, minus KID with 2,000 slices and nothing, with a "
-        f"95 % interval over slices and held-out patients, not over trainings: {difference}"
+        f"KID with 500 slices and {best}, the best of {len(at_500)}, minus KID with 2,000 slices and nothing, means of "
+        f"{len(groups['few'])} and {len(groups['many'])} trainings, with a 95 % interval over slices and held-out "
+        f"patients, not over trainings: {difference}"
     )
-    if "fewest" not in sets:
+    if "fewest" not in kid:
         return {**found, "said": said + "; the row with 50 slices, which sets the scale, was not run."}
     limit = 0.05 * (found["kid_fewest"] - found["kid_real"])
-    verdict = "holds" if found["difference"] <= limit else "does not hold"
     said += (
         f"; the limit .05 (KID50 - floor) is {limit:.4g} (KID50 {found['kid_fewest']:.4g}, floor "
-        f"{found['kid_real']:.4g}): it {verdict}."
+        f"{found['kid_real']:.4g}): it {_verdict(difference, limit)}."
     )
     return {**found, "limit": limit, "said": said}
+
+
+def _verdict(difference: Difference, limit: float) -> str:
+    """Say whether a difference keeps a limit, and whether its whole interval says so."""
+    if difference.value <= limit:
+        return "holds" if difference.high <= limit else "holds in the mean, though the interval reaches beyond it"
+    return "does not hold" if difference.low > limit else "does not hold in the mean, though the interval allows it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ from allpet.evaluation.features import RandomConvolutions, standardise
 from allpet.randomness import keyed_generator
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
-    "kid_conv": polynomial_mmd,
-    "sw_conv": sliced_wasserstein,
+    "kid": polynomial_mmd,
+    "sw": sliced_wasserstein,
 }
-"""On random convolution features, of whole sets."""
+"""Of whole sets."""
 
 
 class Difference(NamedTuple):
@@ -42,7 +42,12 @@ class Difference(NamedTuple):
 
 
 def resampled(
-    real: Tensor, patients: Tensor, sets: Mapping[str, Tensor], distance: str = "kid_conv", draws: int = 200
+    real: Tensor,
+    patients: Tensor,
+    sets: Mapping[str, Tensor],
+    distance: str = "kid",
+    draws: int = 200,
+    extract: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Measure how far sets are from real slices, and again with both drawn with replacement, patient by patient.
 
@@ -55,11 +60,12 @@ def resampled(
         sets: of samples, ``(m, 1, views, bins)``, by name.
         distance: one of ``DISTANCES``.
         draws: how many.
+        extract: features of sinograms; None for random convolutions.
 
     Returns:
         ``(1 + draws,)`` by name; the first is of the sets as they are.
     """
-    extract = RandomConvolutions.of(real)
+    extract = extract or RandomConvolutions.of(real)
     known, features = extract(real), [extract(x) for x in sets.values()]
     names, size = patients.unique(), min(len(x) for x in sets.values())
     found: dict[str, list[float]] = {name: [] for name in sets}
@@ -70,7 +76,7 @@ def resampled(
             drawn = names[torch.randint(len(names), (len(names),), generator=generator)]
             chosen = torch.cat([(patients == one).nonzero()[:, 0] for one in drawn])
             samples = [x[torch.randint(len(x), (size,), generator=generator)] for x in features]
-        elif distance == "kid_conv":  # without bias at any number
+        elif distance == "kid":  # without bias at any number
             samples = features
         whole = standardise(known[chosen], *samples)
         for name, x in zip(sets, whole[1:], strict=True):
@@ -82,7 +88,15 @@ def _evenly(n: int, size: int) -> Tensor:
     return torch.linspace(0, n - 1, size).round().long()
 
 
-def samples_of(folder: Path, rows: list[dict[str, Any]]) -> Tensor:
-    """Read the samples that rows have kept, all together, ``(n, 1, views, bins)``."""
-    kept = [torch.load(folder / row["row"] / "samples.pt", weights_only=True) for row in rows]
-    return torch.cat([one["sinogram"].float() for one in kept])
+def mean_of(found: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Return the mean over sets of what ``resampled`` found of each.
+
+    Sets of several trainings are never put together: what trainings differ by would count as variety.
+    """
+    return torch.stack([found[name] for name in names]).mean(0)
+
+
+def samples_of(folder: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """Read the samples that rows have kept, ``(n, 1, views, bins)`` by the row's key."""
+    kept = {row["row"]: torch.load(folder / row["row"] / "samples.pt", weights_only=True) for row in rows}
+    return {key: one["sinogram"].float() for key, one in kept.items()}

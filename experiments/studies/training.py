@@ -23,6 +23,7 @@ from allpet.batches import unmasked_stack
 from allpet.cli import main as allpet
 from allpet.evaluation.classifier import PromptClassifier, train_classifier
 from allpet.evaluation.copies import copy_rate, nearest_modulo_symmetry
+from allpet.evaluation.features import EncoderFeatures
 from allpet.evaluation.spectra import typical
 from allpet.evaluation.suite import Evaluation, evaluate
 from allpet.evaluation.utility import denoising_utility
@@ -80,6 +81,7 @@ class Recipe:
         patch: see ``Autoencoder``; None: the scale's.
         channels: of stage 1, see ``Autoencoder``; None: the scale's.
         prompts: what is simulated.
+        population: of whose patients.
         scale: name of a file in experiments/scale, or the path of another, ending in .yaml.
     """
 
@@ -100,6 +102,7 @@ class Recipe:
     patch: int | None = None
     channels: tuple[int, ...] | None = None
     prompts: tuple[str, ...] = PAPER_PROMPTS
+    population: int = 0
     scale: str = "laptop"
 
     def words(self, stage: str, budget: Budget, folder: Path, cache: str) -> list[str]:
@@ -122,6 +125,8 @@ class Recipe:
             f"--trainer.max_steps={getattr(budget, stage)}",
             f"--trainer.val_check_interval={getattr(budget, stage)}",
         ]
+        if self.population:
+            words.append(f"--data.population={self.population}")
         if self.masks:
             words += [
                 f"--data.augmentation.n_cells={list(self.n_cells)}",
@@ -214,21 +219,18 @@ class Generates(Protocol):
 
 
 class Bench:
-    """What every row of a study is measured with: held-out slices, a frozen encoder and a classifier.
+    """What every row of a study is measured with: held-out slices, a classifier and a frozen encoder.
 
     Args:
-        folder: of the studies; the classifier is kept there.
+        folder: of the studies; classifier and encoder are kept there.
         cache: folder of simulated slices.
-        encoder: exported stage 1 whose features are compared; None leaves them out.
         samples: generated slices per row, at most; prompts are those of held-out slices.
         part: whose slices are held out: of the "test" patients, or of those to "val"idate on, by which settings are
             chosen.
     """
 
-    def __init__(
-        self, folder: Path, cache: str, encoder: Path | None, samples: int = 245, part: Literal["val", "test"] = "test"
-    ) -> None:
-        self.folder, self.cache, self.encoder, self.samples, self.part = folder, cache, encoder, samples, part
+    def __init__(self, folder: Path, cache: str, samples: int = 245, part: Literal["val", "test"] = "test") -> None:
+        self.folder, self.cache, self.samples, self.part = folder, cache, samples, part
 
     def data(self, n: int) -> SimulatedPET:
         """Return the data module of n training slices, set up, without augmentation."""
@@ -270,6 +272,21 @@ class Bench:
         torch.save(classifier.state_dict(), path)
         return classifier
 
+    @cached_property
+    def encoder(self) -> EncoderFeatures:
+        """Features of a stage 1 that no row has: of 1,000 steps on that other population, without masks, kept on disk.
+
+        Rows that are compared by the features of one of them would not be judged alike.
+        """
+        folder = self.folder / "encoder"
+        recipe = Recipe(2000, 0, masks=False, population=1)
+        try:
+            trained = newest_pretrained(folder / "vae")
+        except FileNotFoundError:
+            allpet(recipe.words("vae", Budget(1000, 0), folder, self.cache))
+            trained = newest_pretrained(folder / "vae")
+        return EncoderFeatures(AutoencoderSystem.from_pretrained(trained).autoencoder)
+
     def rows(self) -> Tensor:
         """Held-out slices whose prompts are asked for, spread evenly over the patients."""
         n = len(self.real_set)
@@ -306,9 +323,6 @@ class Bench:
         """
         test = self.real_set
         batch = test[list(range(len(test)))]
-        encoder = None
-        if self.encoder is not None:
-            encoder = AutoencoderSystem.from_pretrained(newest_pretrained(self.encoder)).autoencoder
         training = training_patients = None
         if n:
             train_set = self.data(n).train_set
@@ -321,7 +335,6 @@ class Bench:
             patients=batch.patient_id,
             training=training,
             training_patients=training_patients,
-            encoder=encoder,
             classifier=self.classifier,
             fake_prompts=prompt,
             real_prompts=batch.prompt,
