@@ -5,7 +5,7 @@
 #     UPDATES= towards what was measured, ROI=mask file [LABEL=7] or BOX=left,right,lower,upper (mm), ATTENTION= to it,
 #     METHOD=prior: stage 2 alone, for low_dose;
 #   synthesise: TASK, PAIRS=50 real ones, N=450 generated ones; DATA= pairs of your own with DOSE= and PROMPT=;
-#   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|baselines|downstream (TASK=);
+#   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|layers|baselines|downstream (TASK=);
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
 #   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
 #   ARGS="..." is appended to the command line, PYTHON=... makes the environment (gpu-check runs with it as it is),
@@ -147,8 +147,8 @@ evaluate: $(READY) ## Judge generated sinograms beside real ones: a page of numb
 	$(BIN)/python experiments/evaluate.py --real "$(REAL)" --fake "$(FAKE)" $(if $(TRAIN),--train "$(TRAIN)") \
 		$(if $(ENCODER),--encoder "$(ENCODER)") $(ARGS)
 
-study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|baselines|downstream TASK= ARGS="--minutes 60"); hours
-	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, baselines, downstream)."; exit 1; }
+study: $(READY) ## Compare trainings (STUDY=few_shot|steps|compute|layers|baselines|downstream TASK= ARGS="--minutes 60"); hours
+	@test -n "$(STUDY)" || { echo "Name the study: make study STUDY=few_shot (steps, compute, layers, baselines, downstream)."; exit 1; }
 	$(BIN)/python experiments/study.py $(STUDY) $(if $(TASK),--task $(TASK)) $(ARGS)
 
 sweep: $(READY) ## A grid of trainings and its curve, with W&B or without (SWEEP=few_shot or a task, OFFLINE=1); resumable

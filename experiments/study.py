@@ -1,10 +1,11 @@
 """Run a study: many short trainings on the same slices and budget, compared with one another.
 
-    python experiments/study.py few_shot|steps|compute|baselines [--minutes 60]      (make study STUDY=few_shot)
+    python experiments/study.py few_shot|steps|compute|layers|baselines [--minutes 60]      (make study STUDY=few_shot)
     python experiments/study.py downstream --task low_dose         (make study STUDY=downstream TASK=low_dose)
 
 ``few_shot``: n slices x augmentation x seeds; ``steps``: quality against sampling steps; ``compute``: against training
-compute; ``baselines``: beside what else makes sinograms; ``downstream``: a downstream task beside what else solves it.
+compute; ``layers``: what stage 1 sees beyond the half turn; ``baselines``: beside what else makes sinograms;
+``downstream``: a downstream task beside what else solves it.
 Given again, the command goes on where it was: finished rows are kept in ``outputs/studies/NAME/rows``. It leaves
 ``outputs/reports/study_NAME.json``, ``.md`` and ``.png`` (``downstream_TASK``); rows that were not run are listed
 there. ``--publish`` writes them to ``experiments/results``, too. ``--label WORD`` makes a table of its own of other
@@ -22,7 +23,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from studies import baselines, compute, downstream, downstream_report, few_shot, steps
+from studies import baselines, compute, downstream, downstream_report, few_shot, layers, steps
 from studies.downstream_plan import Plan
 from studies.rows import Outcome, run_rows
 from studies.training import GUIDANCE, HERE, Bench, Budget, Recipe
@@ -36,7 +37,8 @@ TITLES = {
     "few_shot": "Few-shot study: slices and ingredients at equal compute",
     "steps": "Sampling steps: how few are enough",
     "compute": "Training compute: what more steps bring",
-    "baselines": "Baselines: the same slices and the same compute",
+    "layers": "Layers of stage 1: what they see beyond the half turn",
+    "baselines": "Baselines: the same slices, and at most the same compute",
     "downstream": "Downstream task {task}: bridges beside what else solves it",
 }
 PAPER = (
@@ -57,6 +59,12 @@ REMARKS = {
     "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by {guidance:g}.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
     "recipe.",
+    "layers": "Held-out slices as measured, encoded and decoded by stage 1, compared with their expected sinograms; "
+    "all trained for the same steps. seam: the network sees some views beyond either end, and what it draws of the "
+    "ends fades into what it draws beyond the others; no_seam: zeros; moebius, symmetric: every layer goes on past the "
+    "half turn, with kernels of any form or symmetric ones, which needs bins that are not folded into channels, as of "
+    "patch_1, which has a seam. edge_l2: relative error of the two first and the two last views; seam_jump: the step "
+    "over the end of the half turn over that between views.",
     "baselines": "GAN and score-based model are trained for as many steps as cost the arithmetic of both of our "
     "stages; a VAE has those of stage 1 alone. Ours and the LDM of one channel are guided by "
     "{guidance:g} and get back the power that their decoders lose; ours_plain is the training of ours without either, "
@@ -139,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = few_shot.rows(bench, budget, options.seeds, sampling)
     elif options.study == "steps":
         rows = steps.rows(bench, budget, folder / "model", Recipe(options.n, options.seeds[0]), options.guidance)
+    elif options.study == "layers":
+        rows = layers.rows(bench, budget, options.n, options.seeds)
     elif options.study == "compute":
         rows = compute.rows(bench, budget, folder, options.seeds[0], sampling)
     else:
@@ -215,11 +225,14 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
             more["data_efficiency"] = few_shot.data_efficiency(bench, folder, outcome)
             conclusions.append(more["data_efficiency"]["said"])
     else:
-        shown = {"steps": steps.SHOWN, "compute": compute.SHOWN, "baselines": baselines.SHOWN}[options.study]
+        studies = {"steps": steps, "compute": compute, "layers": layers, "baselines": baselines}
+        shown: Sequence[str] = studies[options.study].SHOWN
         real_power = bench.real_power if outcome.done and "power_min_30mm" in shown else {}
         more["summary"] = summary(options.study, outcome.done, shown, real_power)
     if options.study == "steps":
         conclusions.append(steps.conclusion(outcome.done))
+    if options.study == "layers":
+        conclusions.append(layers.conclusion(outcome.done))
     if options.study == "baselines":
         whole = baselines.WholeSets([], {})
         if last and outcome.done:
@@ -238,6 +251,8 @@ def write(options: argparse.Namespace, bench: Bench, folder: Path, outcome: Outc
     if outcome.done:
         if options.study == "baselines":
             baselines.draw(bench, folder, outcome.done, picture)
+        elif options.study == "layers":
+            layers.draw(folder, outcome.done, picture)
         else:
             save_figure(curves(options.study, outcome.done), picture)
     seeds = sorted({int(row["seed"]) for row in outcome.done})
@@ -254,11 +269,16 @@ def summary(
     study: str, done: Sequence[dict[str, Any]], shown: Sequence[str], real_power: dict[str, float]
 ) -> list[dict[str, Any]]:
     """Return one line per setting, over seeds, and the floor."""
-    keys = {"steps": ("sampler", "steps"), "compute": ("augmentation", "ldm_steps"), "baselines": ("method",)}[study]
+    keys = {
+        "steps": ("sampler", "steps"),
+        "compute": ("augmentation", "ldm_steps"),
+        "layers": ("kind",),
+        "baselines": ("method",),
+    }[study]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in done:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    if study != "baselines":
+    if study in ("steps", "compute"):
         groups = dict(sorted(groups.items()))
     lines = [dict(zip(keys, values, strict=True)) | few_shot.spread(group, shown) for values, group in groups.items()]
     if done:

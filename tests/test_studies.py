@@ -18,6 +18,7 @@ from allpet.evaluation.classifier import PromptClassifier
 from allpet.evaluation.features import EncoderFeatures
 from allpet.evaluation.suite import Evaluation, Spectrum
 from allpet.io import read_scan
+from allpet.metrics import relative_l2
 from allpet.models.autoencoder import Decoded
 from allpet.systems.baselines.base import SinogramSystem
 from allpet.systems.sampling import Samples, Sampling
@@ -25,7 +26,7 @@ from data_modules import SimulatedPET
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import held_out
-from studies import baselines, compute, few_shot, steps
+from studies import baselines, compute, few_shot, layers, steps
 from studies.intervals import Difference, resampled
 from studies.rows import Outcome, Row, collect, run_rows
 from studies.training import HERE, Bench, Budget, Recipe, batch_size, data_of_run, power, renoise, system_of_run
@@ -382,6 +383,30 @@ def test_training_compute_is_stage_2_for_a_share_of_the_steps_on_the_stage_1_of_
         assert {"kid_conv", "copy_control"} < measured.keys()
 
 
+def test_layers_are_compared_seed_by_seed():
+    def of(kind, seed, **numbers):
+        return {"kind": kind, "seed": seed, **dict.fromkeys(layers.JUDGED, 0.2), **numbers}
+
+    rows = [
+        of("seam", 0),
+        of("no_seam", 0, edge_l2=0.4),
+        of("seam", 1),
+        of("no_seam", 1, edge_l2=0.25),
+        of("moebius", 0),
+    ]
+    said = layers.conclusion(rows)
+    assert "seam against no_seam: relative_l2 +0.0 % (+0.0, +0.0), edge_l2 -35.0 % (-50.0, -20.0)" in said
+    assert "moebius against" not in said
+    assert layers.conclusion(rows[:1]) == "No two have been run that are compared."
+
+
+def test_the_error_of_a_view_is_relative_to_the_slice():
+    expected = torch.ones(2, 1, 4, 3) * torch.tensor([1.0, 5.0])[:, None, None, None]
+    drawn = expected.clone()
+    drawn[:, :, 3] *= 1.5
+    torch.testing.assert_close(layers.view_errors(drawn, expected), torch.tensor([0.0, 0.0, 0.0, 0.5]))
+
+
 # ---------------------------------------------------------------------------------------------------- measurements
 
 GEOMETRY = ParallelBeam(32, 40, 10.8, 40, 10.8)
@@ -549,6 +574,28 @@ def test_ours_are_looked_at_raw_corrected_resized_and_with_open_prompts(bench):
     assert found["open_distance"] < found["open_limit"]
     brains = slices.expected[slices.prompt.region == 1]
     assert baselines.open_prompts(bench, Gives(brains), 40, 0)["open_distance"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_layers_are_judged_by_what_stage_1_makes_of_held_out_slices(bench, tmp_path, monkeypatch):
+    trained = []
+    system = SimpleNamespace(autoencoder=Stage1(0))
+    system.train = system.eval = lambda: system
+    monkeypatch.setattr(layers, "allpet", trained.append)
+    monkeypatch.setattr(layers, "newest_pretrained", lambda folder: folder)
+    monkeypatch.setattr(layers.AutoencoderSystem, "from_pretrained", lambda folder: system)
+    monkeypatch.setattr(layers, "training_flops", lambda model, batch: 1e9 * len(batch.sinogram))
+    rows = {row.key: row for row in layers.rows(bench, Budget(100, 0), 40, [0, 1])}
+    assert len(rows) == 2 * len(layers.KINDS)
+    found = rows["symmetric-seed1"].measure(tmp_path)
+    (words,) = trained
+    assert {"--model.autoencoder.padding=symmetric", "--model.autoencoder.patch=1", "--seed_everything=1"} < set(words)
+    test = bench.real_set[list(range(len(bench.real_set)))]
+    noise = float(relative_l2(test.sinogram.clamp_min(0), test.expected).mean())
+    assert found["relative_l2"] == pytest.approx(noise, rel=0.05), "a stage 1 that loses nothing leaves the noise"
+    assert found["hl_residual"] > found["hl_residual_floor"]
+    assert found["training_tflop"] == pytest.approx(100 * batch_size("laptop", "vae") * 4e9 / 1e12)
+    picture = layers.draw(tmp_path.parent, [{"row": tmp_path.name, "kind": "symmetric"}], tmp_path / "views.png")
+    assert picture.stat().st_size > 0
 
 
 class Stage1(Autoencoder):
