@@ -305,7 +305,7 @@ class WholeSets(NamedTuple):
     """Distances of all samples of a training from all held-out slices, expected or noisy.
 
     Attributes:
-        lines: of each method, mean and, over seeds, standard deviation; and of as many real training slices.
+        lines: of each method, mean and, over seeds, standard deviation; and of the real slices that were trained on.
         apart: by distance, ours or ours_plain and method, that of the first minus that of the method, means over the
             seeds that both have, with intervals.
     """
@@ -332,9 +332,10 @@ def whole_sets(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> Wh
         others = [name for name in by_method if name not in ours and (name in NOISY) == noisy]
         if not others:
             continue
-        sets = {row: samples[row] for name in others for row in by_method[name].values()}
-        for row in (row for name in ours for row in by_method[name].values()):
-            sets[row] = bench.with_noise(samples[row]) if noisy else samples[row]
+        sets: dict[str, Tensor] = {}
+        for name in [*ours, *others]:
+            for key in by_method[name].values():
+                sets[key] = bench.with_noise(samples[key]) if noisy and name in ours else samples[key]
         sets["real"] = train_set.sinogram if noisy else train_set.expected
         known = test.sinogram if noisy else test.expected
         columns: dict[str, dict[str, Tensor]] = {}
@@ -343,9 +344,8 @@ def whole_sets(bench: Bench, folder: Path, done: Sequence[dict[str, Any]]) -> Wh
                 columns[f"{distance}_{features}"] = resampled(known, test.patient_id, sets, distance, extract=extract)
         kind = "noisy" if noisy else "expected"
         for name in [*ours, *others]:
-            rows = [
-                {title: float(found[row][0]) for title, found in columns.items()} for row in by_method[name].values()
-            ]
+            keys = by_method[name].values()
+            rows = [{title: float(found[key][0]) for title, found in columns.items()} for key in keys]
             lines.append({"slices": kind, "method": name, "seeds": len(rows)} | spread(rows, list(columns)))
         real = {title: float(found["real"][0]) for title, found in columns.items()}
         lines.append({"slices": kind, "method": "real training slices", "seeds": ""} | spread([real], list(columns)))
@@ -446,9 +446,8 @@ def draw(bench: Bench, folder: Path, done: Sequence[dict[str, Any]], path: Path)
     asked = [names[int(i)] for i in bench.rows()]
 
     def first(prompts: Sequence[str]) -> list[int]:
-        return [
-            i for kind, count in _DRAWN.items() for i in [k for k, one in enumerate(prompts) if one == kind][:count]
-        ]
+        places = {kind: [i for i, name in enumerate(prompts) if name == kind] for kind in _DRAWN}
+        return [i for kind, count in _DRAWN.items() for i in places[kind][:count]]
 
     shown: list[tuple[str, Tensor]] = [("held out", test[first(names)].expected)]
     for row in done:
