@@ -43,11 +43,12 @@ class RestorationWriter(Callback):
     the network was shown, and those of results that were fitted. The files keep what their inputs say
     (table, geometry, units, provenance), say that a model has processed them and what has to be said of its task
     (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a slice
-    follow one another; the column ``target`` tells them apart.
+    follow one another. The column ``tracer`` is that of the result; where it is another than the input's, or one of
+    two, ``input_tracer`` says what was given.
 
     Args:
-        image: how images are reconstructed: "osem", as all are compared (``metrics.standard_image``), or "fbp". Their
-            deviation is that of the samples' FBP.
+        image: how images are reconstructed, those of the samples, too, whose deviation is written: "osem", as all are
+            compared (``metrics.standard_image``), or "fbp", which is faster.
         n_gallery: slices in the pictures.
     """
 
@@ -136,7 +137,7 @@ class RestorationWriter(Callback):
         mean, std, samples = (values.float() / batch.gain for values in restored)
         parts = {"sinograms": mean, "images": self._reconstruct(radon, mean)}
         if len(samples) > 1:
-            images = torch.stack([_each(lambda x: fbp(radon, x), sample) for sample in samples])
+            images = torch.stack([self._reconstruct(radon, sample) for sample in samples])
             parts |= {"sinograms_std": std, "images_std": images.std(0)}
         return {name: values.cpu() for name, values in parts.items()}
 
@@ -177,7 +178,9 @@ class RestorationWriter(Callback):
         task = _task(batch)
         table = {name: [entry for entry in column for _ in range(k)] for name, column in source.table.items()}
         if k > 1 or task == "conversion":
-            table["target"] = self._targets
+            if "tracer" in table:
+                table["input_tracer"] = table["tracer"]
+            table["tracer"] = self._targets
         place = self._place(self._name)
         for part, values in self._rows.items():
             mean = not part.endswith("_std")

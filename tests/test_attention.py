@@ -52,6 +52,18 @@ def test_a_uniform_disc_gives_nothing(attention, radius):
     assert torch.equal(attention(RADON.project(disc(5, -8, radius))), torch.ones(1, 1, 32, 40))
 
 
+def test_hot_is_what_is_hotter_than_what_is_around_it(attention):
+    """In the faint half of a body a lesion is hot that would be cold in the warm half, which is hot nowhere."""
+    x, _ = GEOMETRY.pixel_centers
+    faint, warm = (BODY * (x < 0)), (BODY * (x >= 0))
+    lesion = disc(-80, 0, 25)
+    image = faint + 4 * warm + 2 * lesion
+    assert float(image[lesion > 0].mean()) < 1.6 * float(image[BODY > 0].mean())
+    hot = attention.areas(RADON.project(image)).hot
+    assert (hot & (lesion > 0)).sum() > 0.5 * (lesion > 0).sum()
+    assert not (hot & (x > 50)).any()
+
+
 def test_an_image_is_taken_as_well_and_units_do_not_matter(attention):
     image = BODY + 3 * HOT
     from_image, from_sinogram = attention(image), attention(RADON.project(image))

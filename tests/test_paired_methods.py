@@ -680,6 +680,18 @@ def test_identity_gives_each_target_its_total():
         identity.fit(0 * batch.input, batch.expected)
 
 
+def test_identity_knows_the_tracers_where_it_is_told(data):
+    """Of a tracer that is ten times as strong it gives ten times as much, and to strangers what all have together."""
+    given = data.train_set[[0, 1, 2, 3]].input
+    truth = given * torch.tensor([1.0, 10.0, 1.0, 10.0])[:, None, None, None]
+    condition = Condition.of("conversion", ["FDG:abdomen"] * 4, ["PSMA", "DOPA"] * 2)
+    identity = Identity().fit(given, truth, condition)
+    torch.testing.assert_close(identity.restore(given, condition).mean, truth)
+    stranger = Condition.of("conversion", ["DOPA:brain"] * 4, ["PSMA"] * 4)
+    torch.testing.assert_close(identity.restore(given, stranger).mean, given * truth.sum() / given.sum())
+    torch.testing.assert_close(identity.restore(given).mean, given * truth.sum() / given.sum())
+
+
 def test_the_oracle_is_the_best_of_its_widths_and_beats_the_input(data):
     batch = data.train_set[list(range(12))]
     noisy = torch.cat([batch.input[:9], batch.expected[9:]])

@@ -28,12 +28,12 @@ from allpet import (
     Prompt,
     Radon,
     TransparentMedicalAttention,
-    fbp,
     roi_box,
 )
 from allpet.cli import main
 from allpet.conditions import LABEL_SIZE
 from allpet.io import Scan, read_scan, write_scan
+from allpet.metrics import standard_image
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.simulation.tissues import LABELS
@@ -135,7 +135,7 @@ def test_a_folder_is_restored_file_by_file(model, folder, slices, capsys):
     tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(by_hand.mean.max())}
     torch.testing.assert_close(torch.from_numpy(written[0].values), by_hand.mean[:3, 0], **tolerance)
     torch.testing.assert_close(torch.from_numpy(written[2].values), by_hand.std[:3, 0], **tolerance)
-    images = torch.stack([fbp(Radon(GEOMETRY), sample) for sample in by_hand.samples[:, :3]])
+    images = torch.stack([standard_image(Radon(GEOMETRY), sample) for sample in by_hand.samples[:, :3]])
     torch.testing.assert_close(torch.from_numpy(written[3].values), images.std(0)[:, 0], rtol=1e-2, atol=0.1)
     assert written[1].values.shape == (3, *GEOMETRY.image_shape)
 
@@ -215,7 +215,7 @@ def test_two_targets_follow_one_another(model, folder):
     run = restore(model, folder, *options, "--model.sampling.samples", "1")
     scan = read_scan(run / "sinograms/p7/scan.h5")
     assert len(scan.values) == 6
-    assert scan.table["target"] == ["FDG", "PSMA"] * 3
+    assert scan.table["tracer"] == ["FDG", "PSMA"] * 3
     assert scan.table["region"] == ["abdomen"] * 2 + ["pelvis"] * 4
     assert scan.provenance["note"].startswith("two tracers in one static scan cannot be told apart by physics")
 

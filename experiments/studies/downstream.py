@@ -97,8 +97,8 @@ def rows(plan: Plan) -> list[Row]:
             facts["several"] = "turned"  # rows of before have no such lines
         if method == "regression_synthetic":
             facts["guidance"] = SAMPLING.guidance
-        if method.endswith("oracle"):
-            facts["told"] = "each slice"
+        if method in UNTRAINED:
+            facts["told"] = "training pairs" if method == "identity" else "each slice"
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
 
     low_dose = plan.task == "low_dose"
@@ -174,6 +174,8 @@ def _lines(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Iter
         yield from _attending(plan, system)
     elif method == "ddbm":
         yield _line(plan, system, BridgeSampling(sampler="heun", nfe=119))
+        for nfe in (5, 10):  # its training, sampled as ours is
+            yield _line(plan, system, BridgeSampling(nfe=nfe))
     elif method == "conditional":
         for nfe in (20, 5):
             yield _line(plan, system, ConditionalSampling(nfe=nfe))
@@ -289,7 +291,9 @@ def _through_stage1(plan: Plan, seed: int) -> Tensor:
 def _untrained(plan: Plan, method: str) -> Line:
     pairs = plan.held_out.pairs
     if method == "identity":
-        return Line(_NONE, restore(plan, Identity().fit(pairs.input, pairs.expected).restore).mean, {})
+        known = plan.training_pairs(plan.pairs)
+        identity = Identity().fit(known.input, known.expected, Condition.of_pairs(known))
+        return Line(_NONE, restore(plan, identity.restore).mean, {})
     if method == "osem_oracle":
         reconstruction = OsemOracle(plan.held_out.radon).fit(pairs.input, pairs.expected)
         return Line(_NONE, restore(plan, reconstruction.restore).mean, {})
@@ -331,7 +335,7 @@ def _attending(plan: Plan, system: PairedSystem) -> Iterator[Line]:
             drawn = roi.flatten(1).any(1)[:, None, None, None]
             more = {
                 "change_in_roi": float(change[roi].mean()),
-                "change_outside_roi": float(change[drawn & ~roi].mean()),
+                "change_outside_roi": float(change[drawn & ~roi & (pairs.labels > 0)].mean()),
             }
             yield Line(facts(attention=name), result, more)
 

@@ -117,6 +117,7 @@ class HeldOut:
         lesions = self._lesion_numbers(image)
         numbers: dict[str, float | str] = {name: float(values.nanmean()) for name, values in targets.items()}
         numbers |= self._tissue_numbers(image)
+        numbers |= {"lesions": len(self.lesions), "lesion_patients": len(self._lesion_patients().unique())}
         for name, values in lesions.items():
             numbers[name] = float(values.nanmean())
             if name.endswith("bias"):
@@ -157,8 +158,12 @@ class HeldOut:
         }
 
     def _tissue_numbers(self, image: Tensor) -> dict[str, float | str]:
-        """Bias of each tissue's uptake over all held-out slices: mean and worst size, signed mean and deviation."""
+        """Bias of each tissue's uptake over all held-out slices: mean and worst size, signed mean and deviation.
+
+        ``tissue_patients`` is the mean size of the bias of a tissue in one patient.
+        """
         biases: dict[str, float] = {}
+        single: list[float] = []
         body = float(self.image[self.labels > 0].mean())
         for tracer in self.tracer.unique().tolist():
             chosen = (self.tracer == tracer)[:, None, None, None]
@@ -168,10 +173,17 @@ class HeldOut:
                 if name in _EMPTY or slices < _FEWEST_SLICES or pixels < _FEWEST_PIXELS:
                     continue
                 theirs = float(self.image[area].mean())
-                if theirs >= _FAINT * body:
-                    biases[f"{TRACERS[tracer]} {name}"] = float(image[area].mean()) / theirs - 1
+                if theirs < _FAINT * body:
+                    continue
+                biases[f"{TRACERS[tracer]} {name}"] = float(image[area].mean()) / theirs - 1
+                for patient in self.patient[area.flatten(1).any(1)].unique():
+                    its = area & (self.patient == patient)[:, None, None, None]
+                    if int(its.sum()) >= _FEWEST_PIXELS:
+                        single.append(float(image[its].mean() / self.image[its].mean().clamp_min(1e-9)) - 1)
         if not biases:
-            none = dict.fromkeys(("tissue_bias", "tissue_signed", "tissue_sd", "worst_bias"), float("nan"))
+            none = dict.fromkeys(
+                ("tissue_bias", "tissue_signed", "tissue_sd", "tissue_patients", "worst_bias"), float("nan")
+            )
             return {"tissues": 0, **none, "worst_tissue": ""}
         worst = max(biases, key=lambda name: abs(biases[name]))
         values = list(biases.values())
@@ -180,6 +192,7 @@ class HeldOut:
             "tissue_bias": statistics.fmean(map(abs, values)),
             "tissue_signed": statistics.fmean(values),
             "tissue_sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "tissue_patients": statistics.fmean(map(abs, single)) if single else float("nan"),
             "worst_bias": abs(biases[worst]),
             "worst_tissue": worst,
         }

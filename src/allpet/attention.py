@@ -6,7 +6,9 @@ of interest (*ROI*). Areas are projected like activity, so that a ray is attende
     attention = 1 + strength (hot share(S_hot) + cold share(S_cold) + roi share(ROI)),  share(S) = R(S) / max R(S)
 
 or, with ``normalise="path"``, share(S) = R(S) / R(body), the part of the ray's way through the body. Nothing is
-learned, nothing but the input is looked at, and every number can be drawn beside the image.
+learned, nothing but what is given is looked at, and every number can be drawn beside the image. (Given is the input,
+as long as the network draws; where results are then fitted to the counts without a ROI, it is what the network has
+drawn, in which there is less noise to take for areas.)
 
 How coarse it is. The *background* of a pixel is the mean over some centimetres of body around it, so that what is
 larger than that, such as a liver, is its own background, and what is smaller than the smoothing is lost. Noise of very

@@ -37,18 +37,22 @@ class BridgeSampling(PairedSampling):
         sampler: "dbim", or "heun": DDBM's own, which makes 3 steps - 1 calls (119 for its 40 steps).
         eta: of "dbim": share of fresh noise per step.
         order: of "dbim": 1, 2 or 3.
+        grid: of "dbim": "cosine", more times near both ends, or "uniform".
         churn: of "heun": share of each step that is stochastic.
     """
 
     sampler: Literal["dbim", "heun"] = "dbim"
     eta: float = 0.0
     order: Literal[1, 2, 3] = 1
+    grid: Literal["cosine", "uniform"] = "cosine"
     churn: float = 0.33
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sampler not in ("dbim", "heun"):
             raise ValueError(f"sampler is {self.sampler!r}, but must be 'dbim' or 'heun'.")
+        if self.grid not in ("cosine", "uniform"):
+            raise ValueError(f"grid is {self.grid!r}, but must be 'cosine' or 'uniform'.")
         if self.sampler == "heun" and (self.nfe + 1) % 3:
             raise ValueError(f"nfe is {self.nfe}, but Heun's sampler makes 3 steps - 1 calls: 2, 5, ..., 119.")
 
@@ -214,6 +218,7 @@ class LatentBridge(PairedSystem):
             sampling.nfe,
             sampling.eta,
             sampling.order,
+            sampling.grid,
             progress=progress,
         )
 

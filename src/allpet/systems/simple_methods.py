@@ -34,21 +34,24 @@ ITERATIONS = (1, 2, 4)
 
 
 class Identity:
-    """The input itself, times the number that gives each kind of target its total.
+    """The input itself, times the number that gives each target its total.
 
     Attributes:
         gain: of each target, ``(targets,)``; 1 until ``fit``.
+        gains: the same for the tracers of input and targets, where ``fit`` was told them.
     """
 
     def __init__(self) -> None:
         self.gain = torch.ones(1)
+        self.gains: dict[tuple[int, ...], Tensor] = {}
 
-    def fit(self: Self, given: Tensor, truth: Tensor) -> Self:
+    def fit(self: Self, given: Tensor, truth: Tensor, condition: Condition | None = None) -> Self:
         """Take the gains of a set.
 
         Args:
             given: inputs, ``(slices, 1, views, bins)``.
             truth: expected targets, ``(slices, targets, views, bins)``.
+            condition: of every target; None for one number whatever the tracers.
 
         Raises:
             ValueError: if inputs and targets do not fit, or the inputs sum to nothing.
@@ -62,6 +65,12 @@ class Identity:
         if total <= 0:
             raise ValueError(f"The inputs sum to {total}, but must hold activity.")
         self.gain = (truth.double().sum((0, 2, 3)) / total).to(truth)
+        if condition is not None:
+            kinds = _tracers(condition, truth.shape[1])
+            for kind in set(kinds):
+                rows = [row for row, its in enumerate(kinds) if its == kind]
+                total = float(given[rows].double().sum())
+                self.gains[kind] = (truth[rows].double().sum((0, 2, 3)) / max(total, 1e-12)).to(truth)
         return self
 
     def restore(
@@ -72,10 +81,12 @@ class Identity:
         sampling: Any = None,
         n_targets: int = 1,
     ) -> Restored:
-        """Return the input as the only sample; condition, seeds and sampling change nothing."""
-        return Restored.of(
-            (self._cleaned(given) * self.gain.to(given)[:, None, None]).expand(-1, n_targets, -1, -1)[None]
-        )
+        """Return the input as the only sample; seeds and sampling change nothing."""
+        gain = self.gain.expand(len(given), -1)
+        if self.gains and condition is not None:
+            gain = torch.stack([self.gains.get(kind, self.gain) for kind in _tracers(condition, n_targets)])
+        result = self._cleaned(given) * gain.to(given)[:, :, None, None]
+        return Restored.of(result.expand(-1, n_targets, -1, -1)[None])
 
     def _cleaned(self, given: Tensor) -> Tensor:
         return given
@@ -95,9 +106,9 @@ class _Oracle(Identity):
         self.ways = tuple(ways)
         self.chosen: list[tuple[float, float]] = []
 
-    def fit(self: Told, given: Tensor, truth: Tensor) -> Told:
+    def fit(self: Told, given: Tensor, truth: Tensor, condition: Condition | None = None) -> Told:
         """Take the gains of a set and choose for each of its slices; arguments as of ``Identity.fit``."""
-        super().fit(given, truth)
+        super().fit(given, truth, condition)
         gain = self.gain[:, None, None]
         found = [psnr((self._clean(given, way) * gain).expand_as(truth), truth).nan_to_num(0.0) for way in self.ways]
         self.chosen = [self.ways[best] for best in torch.stack(found).argmax(0).tolist()]
@@ -153,6 +164,12 @@ class OsemOracle(_Oracle):
     def _clean(self, given: Tensor, way: tuple[float, float]) -> Tensor:
         image = quick_image(given, self.radon, int(way[0]))
         return self.radon.project(blur_image(image, self.radon.geometry, way[1]))
+
+
+def _tracers(condition: Condition, n_targets: int) -> list[tuple[int, ...]]:
+    """Return the tracers of input and targets of each slice."""
+    given, wanted = condition.prompt.tracer[::n_targets].tolist(), condition.target_tracer.view(-1, n_targets).tolist()
+    return [(first, *others) for first, others in zip(given, wanted, strict=True)]
 
 
 def _blur_bins(sinogram: Tensor, geometry: ParallelBeam, fwhm: float) -> Tensor:
