@@ -1,8 +1,9 @@
 """Which of a user's sinograms belong together: inputs and targets of a downstream task.
 
-Three shapes are known: folders ``input/`` and ``target/`` with files of the same names; a public data set whose layout
-tells inputs from targets (``data_modules.layouts``); files with attenuation-correction factors (``acf``) beside their
-sinograms, such as ``allpet-data attenuation-pairs`` makes, which are pairs of *attenuation* by themselves.
+Three shapes are known: folders ``input/`` and ``target/`` with files of the same names, in *separation* ``input/``,
+``target/first/`` and ``target/second/``; a public data set whose layout tells inputs from targets
+(``data_modules.layouts``); files with attenuation-correction factors (``acf``) beside their sinograms, such as
+``allpet-data attenuation-pairs`` makes, which are pairs of *attenuation* by themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from allpet.io import DataError
+from allpet.prompts import OPEN
 from data_modules.checks import by
 from data_modules.files import say
 from data_modules.folder import FoundFile, find_files
@@ -22,6 +24,9 @@ from data_modules.layouts import choose_layout
 from data_modules.validate import Report, inspect_folder
 
 SIDES = ("input", "target")
+SEPARATE = ("input", "target/first", "target/second")
+"""The folders of *separation*, which has two targets; those of all other tasks are ``SIDES``."""
+_OFF = 0.1  # of the inputs, by which the sum of two targets may differ without being mentioned
 _LEAST = 0.999  # of correction factors, which are at least 1 but for rounding
 
 
@@ -30,14 +35,16 @@ class FoundPairs(NamedTuple):
 
     Attributes:
         files: the inputs; their slices, one file after another, are what all below counts.
-        target: ``(slices, views, bins)`` float32.
-        acf: attenuation-correction factors, the shape of ``target``; None where they are not known.
+        target: ``(slices, targets, views, bins)`` float32, in the units of the files; two targets in *separation*.
+        tracers: of each target, what the tables of its files say of each slice; ``open`` where they say nothing.
+        acf: attenuation-correction factors, ``(slices, views, bins)``; None where they are not known.
         order: the slices' numbers, sorted by file and slice, numbers in names as numbers: neighbours stand together.
         report: on the inputs.
     """
 
     files: list[FoundFile]
     target: np.ndarray
+    tracers: list[list[str]]
     acf: np.ndarray | None
     order: list[int]
     report: Report
@@ -80,52 +87,74 @@ def find_pairs(
                 say(f"WARN  {where}, {row.file}: {row.finding}; {row.remedy}.")
         return report, files
 
-    there = [side for side in SIDES if (place / side).is_dir()]
-    if len(there) == 1:
-        other = next(side for side in SIDES if side not in there)
-        raise DataError(place, f"it has a folder {there[0]}, but none called {other}", "put the partners there")
+    wanted = SEPARATE if task == "separation" else SIDES
+    there = [side for side in wanted if (place / side).is_dir()]
+    if there and len(there) < len(wanted):
+        others = " or ".join(side for side in wanted if side not in there)
+        raise DataError(place, f"it has a folder {there[0]}, but none called {others}", "put the partners there")
     if there:
-        sides = [read(place / side, None, "none") for side in SIDES]
-        return _matched(place, sides, [[_without_suffix(found.name) for found in files] for _, files in sides])
+        sides = {side: read(place / side, None, "none") for side in wanted}
+        return _matched(place, sides, [[_without_suffix(found.name) for found in files] for _, files in sides.values()])
+    if task == "separation" and place.exists():
+        finding = f"pairs for separation lie in folders {', '.join(SEPARATE)}, of which it has none"
+        raise DataError(place, finding, "put sinograms of both tracers and of each alone there, under the same names")
     chosen = choose_layout(place, *find_files(place), layout) if place.exists() else None
     if chosen is not None and chosen.layout is not None and set(SIDES) <= set(chosen.layout.roles):
         name = chosen.layout.name
-        sides = [read(place, side, name) for side in SIDES]
-        return _matched(place, sides, [[found.column("pair")[0] for found in files] for _, files in sides])
+        sides = {side: read(place, side, name) for side in SIDES}
+        return _matched(place, sides, [[found.column("pair")[0] for found in files] for _, files in sides.values()])
     report, files = read(place, None, layout)
     return _corrected(place, task, report, files)
 
 
-def _matched(place: Path, sides: list[tuple[Report, list[FoundFile]]], keys: list[list[str]]) -> FoundPairs:
-    """Put inputs and targets of the same key together, in the inputs' order."""
-    for side, names in zip(SIDES, keys, strict=True):
+def _matched(place: Path, sides: dict[str, tuple[Report, list[FoundFile]]], keys: list[list[str]]) -> FoundPairs:
+    """Put inputs, which come first, and targets of the same key together, in the inputs' order."""
+    for side, names in zip(sides, keys, strict=True):
         twice = [name for name, n in Counter(names).items() if n > 1]
         if twice:
             finding = f"{names.count(twice[0])} files of {side} belong to the pair {twice[0]}"
             raise DataError(place, finding, "give each input one target")
-    (report, inputs), (theirs, _) = sides
-    if missing := sorted(set(keys[0]) ^ set(keys[1])):
-        of, other = SIDES if missing[0] in keys[0] else SIDES[::-1]
+    named = [set(names) for names in keys]
+    if missing := sorted(named[0].union(*named) - named[0].intersection(*named)):
+        has = {side: missing[0] in names for side, names in zip(sides, named, strict=True)}
+        of, other = (next(side for side in has if has[side] == there) for there in (True, False))
         finding = f"{len(missing)} file(s) have no partner, the first is {missing[0]}: {of} without {other}"
         raise DataError(place, finding, "give input and target of a pair the same name, or remove it")
-    if report.shape != theirs.shape or (report.geometry and theirs.geometry and report.geometry != theirs.geometry):
-        said = [one.geometry or f"{by(one.shape or ())} (views x bins)" for one in (report, theirs)]
-        finding = f"inputs are {said[0]}, targets {said[1]}"
-        raise DataError(place, finding, "bring both to the same views and bins")
-    partner = dict(zip(keys[1], sides[1][1], strict=True))
-    targets = []
-    for found, key in zip(inputs, keys[0], strict=True):
-        target = partner[key]
-        if len(found.slices) != len(target.slices):
-            finding = f"{found.name} has {len(found.slices)} slice(s) as input and {len(target.slices)} as target"
-            raise DataError(place, finding, "store the same slices in both")
-        targets.append(target.slices)
-    return FoundPairs(inputs, np.concatenate(targets), None, _order(inputs), report)
+    (report, inputs), *others = sides.values()
+    targets, tracers = [], []
+    for side, names, (theirs, files) in zip(list(sides)[1:], keys[1:], others, strict=True):
+        if report.shape != theirs.shape or (report.geometry and theirs.geometry and report.geometry != theirs.geometry):
+            said = [one.geometry or f"{by(one.shape or ())} (views x bins)" for one in (report, theirs)]
+            finding = f"sinograms in input are {said[0]}, in {side} {said[1]}"
+            raise DataError(place, finding, "bring both to the same views and bins")
+        partner = dict(zip(names, files, strict=True))
+        partners = [partner[key] for key in keys[0]]
+        for found, target in zip(inputs, partners, strict=True):
+            if len(found.slices) != len(target.slices):
+                finding = f"{found.name} has {len(found.slices)} slice(s) as input and {len(target.slices)} as {side}"
+                raise DataError(place, finding, "store the same slices in both")
+        targets.append(np.concatenate([target.slices for target in partners]))
+        tracers.append([entry for one in partners for entry in one.column("tracer") or [OPEN] * len(one.slices)])
+    if len(targets) == 2:
+        _compare_sum(place, inputs, targets)
+    return FoundPairs(inputs, np.stack(targets, 1), tracers, None, _order(inputs), report)
+
+
+def _compare_sum(place: Path, inputs: list[FoundFile], targets: list[np.ndarray]) -> None:
+    """Say by how much two targets do not add up to the inputs, to which results of a model are made to add up."""
+    given = sum(float(found.slices.sum(dtype=np.float64)) for found in inputs)
+    wanted = sum(float(target.sum(dtype=np.float64)) for target in targets)
+    off = wanted / given - 1 if given > 0 else np.inf
+    if abs(off) > _OFF:
+        say(
+            f"WARN  {place}: the targets add up to {abs(off):.0%} {'more' if off > 0 else 'less'} than the inputs in "
+            "total, but a model's results add up to the input; check that units and decay correction of all are alike."
+        )
 
 
 def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -> FoundPairs:
     """Make pairs of sinograms and their attenuation-correction factors."""
-    inputs, targets, factors = [], [], []
+    inputs, targets, factors, tracers = [], [], [], []
     for found in files:
         acf = None if found.scan is None else found.scan.acf
         where = place if place.is_file() else place / found.name
@@ -147,7 +176,9 @@ def _corrected(place: Path, task: str, report: Report, files: list[FoundFile]) -
         inputs.append(found._replace(slices=found.slices / acf) if done else found)
         targets.append(found.slices if done else found.slices * acf)
         factors.append(acf)
-    return FoundPairs(inputs, np.concatenate(targets), np.concatenate(factors), _order(inputs), report)
+        tracers += found.column("tracer") or [OPEN] * len(acf)
+    target = np.concatenate(targets)[:, None]
+    return FoundPairs(inputs, target, [tracers], np.concatenate(factors), _order(inputs), report)
 
 
 def check_factors(where: str | Path, slices: np.ndarray, acf: np.ndarray) -> None:

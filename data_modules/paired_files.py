@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from allpet.conditions import Condition
 from allpet.geometry import ParallelBeam
+from allpet.io import DataError
 from allpet.models.pixel_space import PixelSpace
 from allpet.prompts import OPEN, TRACERS, Prompt, prompt_index
 from allpet.reconstruction import fbp
@@ -24,7 +25,7 @@ from data_modules.few_shot import Split, nested_subset, split_as_known
 from data_modules.files import prompts_of, say, sinogram_geometry
 from data_modules.folder import patients_of, splits_of
 from data_modules.layouts import AUTO
-from data_modules.pair_folder import FoundPairs, find_pairs
+from data_modules.pair_folder import SEPARATE, FoundPairs, find_pairs
 from data_modules.paired_base import PairedDataModule
 from data_modules.paired_set import GeometryError, PairedSet, read_pairs
 
@@ -36,22 +37,27 @@ class PairedFiles(PairedDataModule):
     it in one sentence, warnings are printed. No patient is in two splits; where nothing tells patients apart, or there
     is only one, the first slices are for training and the last for validation and test, with a gap between them.
 
+    In *separation* ``target/first/`` and ``target/second/`` hold the two tracers that are together in ``input/``. As in
+    ``PairedTask`` the tracer of such an input is the first of them; ``share`` is that of a target in the activity of
+    its patient's slices.
+
     A target's expectation is not known, so ``expected`` is ``noisy``: what was measured. Batches hold no images; see
     ``attenuation``. Pairs are brought to the views and bins of the model that they are given to, and their values to
     the scale that it was trained on; either is said.
 
     Args:
         folder: the folder, or one file.
-        task: ``low_dose``, ``attenuation``, ``delayed`` or ``conversion``; *separation* has two targets, which files
-            do not hold.
+        task: ``low_dose``, ``attenuation``, ``delayed``, ``separation`` or ``conversion``.
         geometry: what sinograms are resampled to; None: the geometry of the model, where it has one, else their own.
-        tracer: tracer of all inputs, or ``open``: as the files say.
+        tracer: tracer of all inputs, or ``open``: as the files say; in *separation* the first of the two, or ``open``.
         region: region of all slices, or ``open``: as the files say.
-        target_tracer: the tracer of the targets; needed by *conversion*.
+        target_tracer: the tracer of the targets; needed by *conversion*. In *separation* two, first and second, with
+            a comma between them (``FDG,PSMA``); None: as the targets' tables say.
         dose: share of the normal dose that the inputs have; needed by *low_dose*.
         delay_min: minutes from the inputs' scans to the targets'; needed by *delayed*.
         gain: what the values are multiplied by. None: 1 where the files say SUV, else what brings the 99.9th
-            percentile of the training targets to that of the model's own training data; 1 where there is no such model.
+            percentile of the training targets (of two, that of their sum) to that of the model's own training data; 1
+            where there is no such model.
         bin_mm: bin width of sinograms that do not say; None: see ``SinogramFiles``.
         key: name of the array in each file, where files hold several.
         slices: axis that counts slices in three-dimensional arrays.
@@ -102,9 +108,8 @@ class PairedFiles(PairedDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, num_scans, seed, symmetry)
         self.save_hyperparameters(logger=False, ignore=["geometry", "symmetry"])
-        if task not in TASKS or task == "separation":
-            known = ", ".join(name for name in TASKS if name != "separation")
-            raise ValueError(f"task is {task!r}, but pairs of one's own are for one of {known}: one target each.")
+        if task not in TASKS:
+            raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
         for name, argument, value in (
             ("low_dose", "dose", dose),
             ("delayed", "delay_min", delay_min),
@@ -112,7 +117,7 @@ class PairedFiles(PairedDataModule):
         ):
             if task == name and value is None:
                 raise ValueError(f"{task} needs {argument}, which files do not say: give it with --data.{argument}.")
-            if task != name and value is not None:
+            if task != name and value is not None and (task, argument) != ("separation", "target_tracer"):
                 raise ValueError(f"{argument} is {value}, but the task is {task}: leave it out.")
         for name, length in {"gain": gain, "bin_mm": bin_mm}.items():
             if length is not None and not 0 < length < float("inf"):
@@ -122,7 +127,11 @@ class PairedFiles(PairedDataModule):
         self.prompt, self.dose, self.delay_min = Prompt.of([(tracer, region)]), dose or 1.0, delay_min or 0.0
         if dose is not None or delay_min is not None:
             Condition.of(task, self.prompt.names(), None, self.delay_min, self.dose if dose is None else dose)
-        self.target = None if target_tracer is None else prompt_index(target_tracer, TRACERS, "tracer")
+        names = [] if target_tracer is None else [name.strip() for name in target_tracer.split(",")]
+        if names and len(names) != (wanted := 2 if task == "separation" else 1):
+            remedy = f"name those: TARGETS={'FDG,PSMA' if wanted == 2 else 'PSMA'} (--data.target_tracer)"
+            raise ValueError(f"{task} takes {wanted} target tracer(s), but got {len(names)}; {remedy}.")
+        self.targets = [prompt_index(name, TRACERS, "tracer") for name in names]
         self.folder, self.task, self.asked_geometry, self.asked_gain = str(folder), task, geometry, gain
         self.bin_mm, self.patient, self.gap = bin_mm, patient, gap
         self.reading: dict[str, Any] = {"key": key, "slices": slices, "full_turn": full_turn, "layout": layout}
@@ -158,7 +167,12 @@ class PairedFiles(PairedDataModule):
         )
         owner, prompt = patients.names, prompts_of(found.files, self.prompt)
         prompt = Prompt(*(column[found.order] for column in prompt))
-        whole = self._pairs(inputs, own, geometry, prompt, owner)
+        if self.task == "separation":
+            tracers = self._two_tracers(found)
+            prompt = prompt._replace(tracer=tracers[:, 0])
+        else:
+            tracers = torch.full((len(inputs), 1), self.targets[0]) if self.targets else prompt.tracer[:, None]
+        whole = self._pairs(inputs, own, geometry, prompt, tracers, owner)
         prompts = prompt.names()
         chosen = nested_subset([owner[i] for i in split.train], [prompts[i] for i in split.train], self.num_scans)
         split = Split([split.train[i] for i in chosen], split.val, split.test)
@@ -178,6 +192,8 @@ class PairedFiles(PairedDataModule):
         }
         local = {"folder": self.folder, "split_rule": how}
         about: list[Any] = [own.to_dict(), prompts]
+        if self.task == "separation":
+            about.append(tracers.tolist())
         if self.generated is not None:
             if (more := self._generated(geometry, gain)) is not None:
                 train = train.joined(more)
@@ -217,16 +233,51 @@ class PairedFiles(PairedDataModule):
             )
         factors = found.acf[found.order][sample_id.cpu().numpy()]
         # acf = exp(R mu)
-        return fbp(self.radon, _fitted(np.log(factors), self.own_geometry, self.geometry)).clamp_min(0)
+        return fbp(self.radon, _fitted(np.log(factors)[:, None], self.own_geometry, self.geometry)).clamp_min(0)
+
+    def _two_tracers(self, found: FoundPairs) -> Tensor:
+        """Return the tracers to separate, ``(slices, 2)``, as asked for, else as the targets' tables say.
+
+        Raises:
+            ValueError: if they are not known, are one and the same, or are not those that are said elsewhere.
+        """
+        asked = torch.tensor(self.targets or [0, 0])
+        said = torch.tensor([[prompt_index(name, TRACERS, "tracer") for name in column] for column in found.tracers])
+        said = said.T[found.order]
+        tracers = torch.where(asked > 0, asked, said)
+        for k, side in enumerate(SEPARATE[1:]):
+            if not tracers[:, k].all():
+                finding = f"the tracer of {side} is not known"
+                remedy = "name both as TARGETS=FDG,PSMA (--data.target_tracer), or in a column tracer of the files"
+                raise DataError(self.folder, finding, remedy)
+            if (wrong := (said[:, k] > 0) & (said[:, k] != tracers[:, k])).any():
+                finding = f"{TRACERS[asked[k]]} is asked for as {side}, whose files say {TRACERS[said[wrong, k][0]]}"
+                raise DataError(self.folder, finding, "name the tracers in the order of the folders")
+        if (same := tracers[:, 0] == tracers[:, 1]).any():
+            finding = f"the tracers to separate are both {TRACERS[tracers[same, 0][0]]}"
+            raise DataError(self.folder, finding, "name two that differ")
+        first, prompt = tracers[:, 0], int(self.prompt.tracer)
+        if prompt and (first != prompt).any():
+            finding = f"the inputs' tracer is {TRACERS[prompt]}, but that of two is the first of them"
+            raise DataError(self.folder, finding, f"say {TRACERS[first[first != prompt][0]]}, or open")
+        return tracers
 
     def _pairs(
-        self, inputs: np.ndarray, own: ParallelBeam, geometry: ParallelBeam, prompt: Prompt, owner: list[str]
+        self,
+        inputs: np.ndarray,
+        own: ParallelBeam,
+        geometry: ParallelBeam,
+        prompt: Prompt,
+        tracers: Tensor,
+        owner: list[str],
     ) -> PairedSet:
         """Return all pairs, resampled, in their own units."""
         assert self._found is not None
         found, n = self._found, len(inputs)
+        names = sorted(set(owner))
+        patient = torch.tensor([names.index(name) for name in owner])
 
-        given, target = (_fitted(values, own, geometry) for values in (inputs, found.target[found.order]))
+        given, target = (_fitted(values, own, geometry) for values in (inputs[:, None], found.target[found.order]))
         kept = float(target.double().sum() * geometry.bin_mm / geometry.n_views)
         lost = 1 - kept / max(float(found.target.sum(dtype=np.float64)) * own.bin_mm / own.n_views, 1e-30)
         if lost > 0.01:
@@ -237,12 +288,9 @@ class PairedFiles(PairedDataModule):
             "noisy": target,
             "delay_min": torch.full((n,), float(self.delay_min)),
             "dose": torch.full((n,), float(self.dose)),
-            "share": torch.ones(n, 1),
+            "share": _shares(target, patient),
         }
-        names = sorted(set(owner))
-        tracer = prompt.tracer if self.target is None else torch.full((n,), self.target)
-        patient = torch.tensor([names.index(name) for name in owner])
-        return PairedSet(arrays, self.task, tracer[:, None], prompt, torch.arange(n), patient)
+        return PairedSet(arrays, self.task, tracers, prompt, torch.arange(n), patient)
 
     def _wanted(self) -> tuple[ParallelBeam | None, float | None]:
         """Return geometry and scale of the model that the pairs are given to; None for what is asked for otherwise."""
@@ -269,16 +317,21 @@ class PairedFiles(PairedDataModule):
         """Return what values are multiplied by."""
         if self.asked_gain is not None:
             return self.asked_gain
-        return 1.0 if self.in_suv or self._suits[1] is None else self._suits[1] / fixed_scale(train.sinogram)
+        if self.in_suv or self._suits[1] is None:
+            return 1.0
+        # Two tracers share the activity: it is their sum that is as strong as a scan of one.
+        return self._suits[1] / fixed_scale(train.sinogram[torch.arange(len(train))].sum(1))
 
     def _digest(self, inputs: np.ndarray, found: FoundPairs, split: Split, more: list[Any]) -> str:
         """Identify the pairs by what was read; what a model wants of them does not matter, nor where they lie."""
         digest = hashlib.blake2b(digest_size=8)
-        for array in (inputs, found.target[found.order]):
+        for array in (inputs, *found.target[found.order].swapaxes(0, 1)):
             digest.update(f"{array.shape}\x1f".encode())
             digest.update(array.astype("<f4", copy=False).tobytes())
         asked = None if self.asked_geometry is None else self.asked_geometry.to_dict()
-        settings = [self.task, asked, self.asked_gain, self.dose, self.delay_min, self.target, *split, *more]
+        # the tracers of two targets are among what else there is
+        target = self.targets[0] if len(self.targets) == 1 else None
+        settings = [self.task, asked, self.asked_gain, self.dose, self.delay_min, target, *split, *more]
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
@@ -289,9 +342,24 @@ def _alike(one: ParallelBeam, other: ParallelBeam) -> bool:
 
 
 def _fitted(values: np.ndarray, own: ParallelBeam, geometry: ParallelBeam) -> Tensor:
-    """Bring ``(slices, views, bins)`` to a geometry, ``(slices, 1, views, bins)``."""
-    sinograms = torch.from_numpy(values)[:, None]
+    """Bring ``(slices, channels, views, bins)`` to a geometry."""
+    sinograms = torch.from_numpy(values)
     return sinograms if _alike(own, geometry) else resample(sinograms, own, geometry)
+
+
+def _shares(target: Tensor, patient: Tensor) -> Tensor:
+    """Return the share of each target in the activity of its patient's slices, ``(slices, targets)``.
+
+    Args:
+        target: ``(slices, targets, views, bins)``.
+        patient: number of each slice's patient, ``(slices,)``.
+    """
+    each = target.sum((2, 3), dtype=torch.float64)
+    if each.shape[1] == 1:
+        return torch.ones(len(each), 1)
+    total = torch.zeros(int(patient.max()) + 1, each.shape[1], dtype=torch.float64).index_add_(0, patient, each)
+    total = total.clamp_min(1e-30)  # noise may sum to less than nothing
+    return (total / total.sum(1, keepdim=True))[patient].float()
 
 
 def _in_words(geometry: ParallelBeam) -> str:

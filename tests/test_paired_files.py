@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,13 @@ from scipy.io import savemat
 from tiny_pet import GEOMETRY
 
 from allpet import Autoencoder, Denoiser, LatentBridge, ParallelBeam, Radon
-from allpet.conditions import LABEL_SIZE
-from allpet.io import Scan, write_scan
+from allpet.conditions import LABEL_SIZE, Condition
+from allpet.io import Scan, read_scan, write_scan
 from allpet.models.pixel_space import PixelSpace
 from allpet.prompts import TRACERS
 from allpet.simulation.tasks import TASKS
 from allpet.symmetry import resample
-from data_modules import PairedFiles
+from data_modules import PairedFiles, SinogramsToRestore
 from data_modules.base import fixed_scale
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -190,7 +191,7 @@ def _write(name: str, values: np.ndarray) -> Callable[[Path], object]:
         (_write("target/p0/1.npy", np.full((16, 16), np.nan)), "NaN"),
         (_write("target/p0/1.npy", np.ones((16, 15))), "slices of 16 x 15 where 5 other"),
         (lambda place: [np.save(p, np.ones((12, 16)) + np.eye(12, 16)) for p in (place / "mine/target").rglob("*.npy")],
-         r"inputs are 16 x 16 .* targets 12 x 16 .*bring both to the same"),
+         r"in input are 16 x 16 .* in target 12 x 16 .*bring both to the same"),
         (lambda place: (place / "mine/target").rename(place / "mine/wanted"), "a folder input, but none called target"),
         (lambda place: [path.unlink() for side in ("input", "target")
                         for path in [*(place / "mine" / side).glob("p[12]/*"), place / "mine" / side / "p0/1.npy"]],
@@ -227,10 +228,17 @@ def test_files_without_targets_or_with_impossible_factors_are_refused(tmp_path: 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"task": "separation"}, "task is 'separation', but pairs of one's own are for one of low_dose"),
+        ({"task": "fusion"}, "Unknown task 'fusion'; choose one of low_dose"),
         ({"task": "low_dose"}, r"low_dose needs dose, which files do not say: give it with --data\.dose"),
         ({"task": "delayed"}, "delayed needs delay_min"),
         ({"task": "conversion"}, "conversion needs target_tracer"),
+        (
+            {"task": "conversion", "target_tracer": "FDG,PSMA"},
+            r"conversion takes 1 target tracer\(s\), but got 2; name",
+        ),
+        ({"task": "separation", "target_tracer": "PSMA"}, r"separation takes 2 .* got 1; name those: TARGETS=FDG,PSMA"),
+        ({"task": "separation", "target_tracer": "FDG,water"}, "Unknown tracer 'water'"),
+        ({"task": "low_dose", "dose": 0.1, "target_tracer": "FDG"}, "target_tracer is FDG, but the task is low_dose"),
         ({"delay_min": 60.0}, r"delay_min is 60\.0, but the task is attenuation: leave it out"),
         ({"task": "low_dose", "dose": 1.5}, r"a dose in \(0, 1\]"),
         ({"tracer": "water"}, "Unknown tracer 'water'"),
@@ -241,6 +249,155 @@ def test_files_without_targets_or_with_impossible_factors_are_refused(tmp_path: 
 def test_impossible_settings_are_refused(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         PairedFiles("pairs.h5", **given)
+
+
+# ------------------------------------------------------------------------------------------------ two tracers
+
+
+def mixed(place: Path, **said: list[str]) -> Path:
+    """Write mixes, a little noisy, and their two parts, of three patients of one file each; tables where said."""
+    n = 3
+    first, second = bodies(n)[0].numpy(), bodies(n)[0].flip(2).numpy()  # turned by half a turn
+    noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(first.shape)
+    for patient in range(3):
+        parts = {"target/first": (1 + patient) * first, "target/second": (3 - patient) * second}
+        for side, values in {"input": noise * sum(parts.values()), **parts}.items():
+            table = {"tracer": said[side[7:]] * n} if said.get(side[7:]) else {}
+            (place / "mine" / side).mkdir(parents=True, exist_ok=True)
+            scan = Scan(values.astype(np.float32), "sinogram", GEOMETRY, table=table)
+            write_scan(place / "mine" / side / f"p{patient}.h5", scan)
+    return place / "mine"
+
+
+SEPARATE: dict[str, Any] = {"task": "separation", "target_tracer": "FDG,PSMA"}
+
+
+def test_two_tracers_are_targets_in_the_order_of_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = loaded(mixed(tmp_path), region="chest", **SEPARATE)
+    assert "WARN" not in capsys.readouterr().out
+    first, second = bodies(3)[0], bodies(3)[0].flip(2)
+    seen = set()
+    for batch in (everything(part) for part in (data.train_set, data.val_set, data.test_set)):
+        patient, number = batch.sample_id // 3, batch.sample_id % 3
+        seen |= set(patient.tolist())
+        assert torch.equal(patient, batch.patient_id)
+        torch.testing.assert_close(batch.noisy[:, 0], (1 + patient)[:, None, None] * first[number])
+        torch.testing.assert_close(batch.noisy[:, 1], (3 - patient)[:, None, None] * second[number])
+        torch.testing.assert_close(batch.input, batch.noisy.sum(1, keepdim=True), rtol=0.1, atol=1e-3)
+        assert torch.equal(batch.expected, batch.noisy)
+        # Of both, the first is what is prompted, and shares are those of the activity: as simulated pairs have it.
+        assert batch.prompt.names() == ["FDG:chest"] * 3
+        assert batch.target_tracer.tolist() == [[TRACERS.index("FDG"), TRACERS.index("PSMA")]] * 3
+        torch.testing.assert_close(batch.share.sum(1), torch.ones(3))
+        torch.testing.assert_close(batch.share[:, 0] / batch.share[:, 1], (1 + patient) / (3 - patient))
+        # A finished model is asked the same of the inputs alone.
+        alone = SinogramsToRestore(
+            str(tmp_path / "mine" / "input"), "separation", "FDG", "chest", target_tracers=["FDG", "PSMA"]
+        )
+        alone.setup()
+        asked, learned = alone.batch(batch.sample_id.tolist()).condition, Condition.of_pairs(batch)
+        for one, other in zip(asked, learned, strict=True):
+            torch.testing.assert_close(one, other)
+    assert seen == {0, 1, 2}
+
+
+def test_tables_may_say_both_tracers_and_matter_to_the_identity(tmp_path: Path) -> None:
+    said = loaded(mixed(tmp_path, first=["DOPA"], second=["FDG"]), task="separation")
+    batch = everything(said.train_set)
+    assert batch.target_tracer.tolist() == [[TRACERS.index("DOPA"), TRACERS.index("FDG")]] * 3
+    assert batch.prompt.names() == ["DOPA:open"] * 3
+    asked = loaded(tmp_path / "mine", task="separation", target_tracer="DOPA, FDG", tracer="DOPA")
+    assert asked.data_hash == said.data_hash
+    (tmp_path / "other").mkdir()
+    other = loaded(mixed(tmp_path / "other"), **SEPARATE)
+    assert other.data_hash != said.data_hash
+
+
+def test_mix_and_parts_are_brought_to_a_model_alike(tmp_path: Path) -> None:
+    autoencoder = Autoencoder(channels=(8, 16), latent_channels=4, layers_per_block=1, patch=1, seam=0)
+    autoencoder.scaling.set_scale(7.0)
+    coarse = ParallelBeam(8, 12, 24.0, 12, 24.0)
+    own, data = loaded(mixed(tmp_path), **SEPARATE), loaded(tmp_path / "mine", **SEPARATE)
+    fit(bridge(autoencoder, 4, coarse), data, tmp_path)
+    gain, before, after = data.summary()["gain"], everything(own.train_set), everything(data.train_set)
+    for name in ("input", "noisy"):
+        wanted = gain * resample(getattr(before, name), GEOMETRY, coarse)
+        torch.testing.assert_close(getattr(after, name), wanted, rtol=1e-4, atol=1e-4)
+    assert fixed_scale(after.noisy.sum(1)) == pytest.approx(7.0, rel=1e-2)  # both together are one scan's activity
+    assert data.data_hash == own.data_hash
+
+
+def test_what_a_model_separates_adds_up(tmp_path: Path) -> None:
+    data = loaded(mixed(tmp_path), **SEPARATE)
+    system = bridge(PixelSpace(), 1, None)
+    fit(system, data, tmp_path)
+    batch = everything(data.test_set)
+    result = system.restore(batch.input, Condition.of_pairs(batch), batch.sample_id.tolist(), n_targets=2).mean
+    assert result.shape == batch.noisy.shape
+    total = result.sum(1, keepdim=True)
+    drawn = total > 0  # of what a network of one step has drawn nothing of, nothing can be shared out
+    assert drawn[batch.input > 1].float().mean() > 0.9
+    torch.testing.assert_close(total[drawn], batch.input[drawn], rtol=1e-4, atol=1e-3)
+    wrong = Condition.of("separation", ["FDG:open"] * 2, ["FDG", "DOPA"])
+    with pytest.raises(ValueError, match="DOPA"):  # it knows which tracers it has learned
+        system.restore(batch.input[:1], wrong, [0], n_targets=2)
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.5, "50% more"), (0.5, "50% less"), (1.05, "")])
+def test_targets_that_do_not_add_up_to_the_input_are_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, said: str
+) -> None:
+    place = mixed(tmp_path)
+    for path in (place / "target").rglob("*.h5"):
+        scan = read_scan(path)
+        write_scan(path, Scan(factor * scan.values, "sinogram", GEOMETRY))
+    loaded(place, **SEPARATE)
+    warned = [line for line in capsys.readouterr().out.splitlines() if "WARN" in line]
+    assert len(warned) == bool(said)
+    assert all(f"add up to {said} than the inputs in total" in line for line in warned)
+
+
+def _cut(name: str, **scan: Any) -> Callable[[Path], object]:
+    values = bodies(3)[0].numpy()
+    return lambda place: write_scan(
+        place / name, Scan(values[: scan.get("n", 3), :, : scan.get("bins", 16)], "sinogram")
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "given", "sentence"),
+    [
+        (lambda place: shutil.rmtree(place / "target/second"), {}, "a folder input, but none called target/second"),
+        (lambda place: shutil.rmtree(place / "target"), {}, "none called target/first or target/second; put the partn"),
+        (lambda place: [shutil.rmtree(place / side) for side in ("input", "target")], {},
+         "lie in folders input, target/first, target/second, of which it has none; put sinograms of both tracers"),
+        (lambda place: (place / "target/second/p1.h5").unlink(), {},
+         r"1 file\(s\) have no partner, the first is p1: input without target/second"),
+        (lambda place: (place / "input/p1.h5").unlink(), {}, "the first is p1: target/first without input"),
+        (_cut("target/second/p1.h5", n=2), {}, r"p1\.h5 has 3 slice\(s\) as input and 2 as target/second"),
+        (lambda place: [_cut(f"target/first/p{i}.h5", bins=12)(place) for i in range(3)], {},
+         r"in target/first 16 x 12 \(views x bins\); bring both"),
+        (lambda place: None, {"target_tracer": None}, "the tracer of target/first is not known; name both as TARGETS="),
+        (lambda place: None, {"target_tracer": "FDG,open"}, "the tracer of target/second is not known; name both"),
+        (lambda place: None, {"target_tracer": "FDG,FDG"}, "the tracers to separate are both FDG; name two that diff"),
+        (lambda place: mixed(place.parent, first=["PSMA"], second=["FDG"]), {},
+         "FDG is asked for as target/first, whose files say PSMA; name the tracers in the order of the folders"),
+        (lambda place: mixed(place.parent, second=["water"]), {}, r"p0\.h5 \(unknown tracer 'water'\)"),
+        (lambda place: None, {"tracer": "PSMA"}, "the inputs' tracer is PSMA, .* is the first of them; say FDG, or op"),
+    ],
+)  # fmt: skip
+def test_mixes_and_parts_that_do_not_fit_are_refused(
+    tmp_path: Path, spoil: Callable[[Path], object], given: dict[str, Any], sentence: str
+) -> None:
+    place = mixed(tmp_path)
+    spoil(place)
+    with pytest.raises(ValueError, match=sentence):
+        loaded(place, **{**SEPARATE, **given})
+
+
+# ------------------------------------------------------------------------------------------------ what files say
 
 
 def test_counts_with_scatter_and_randoms_are_refused(tmp_path: Path) -> None:
