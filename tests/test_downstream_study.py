@@ -120,6 +120,23 @@ def test_lesions_left_out_are_lost_contrast_and_nothing_else(held_out):
     assert (scores.lesions["patient"] == torch.tensor([0, 0, 1, 1])).all()
 
 
+def test_what_leaks_into_the_other_tracer_is_measured(held_out):
+    """A lesion that one tracer shows alone: a result that shares the sum out evenly puts half of it into the other."""
+    one = held_out.pairs
+    liver = held_out.radon.project((one.labels > 0).float())
+    both = torch.cat([one.expected, liver], dim=1)
+    pairs = one._replace(expected=both, target_tracer=torch.tensor([[1, 2]] * len(both)))
+    two = HeldOut(pairs, held_out.radon)
+    assert len(two.discordant) == len(two.lesions) == 4
+    assert two.score(both).numbers["lesion_leak"] == 0
+    evenly = both.mean(1, keepdim=True).expand_as(both)
+    uptake = [float(two.image[lesion.row, 0][lesion.area].mean()) for lesion in two.lesions]
+    known = [float(two.image[row, 0][lesion.area].mean()) for lesion, row in two.discordant]
+    wanted = sum((u - k) / 2 / u for u, k in zip(uptake, known, strict=True)) / 4
+    assert two.score(evenly).numbers["lesion_leak"] == pytest.approx(wanted, rel=0.05)
+    assert "lesion_leak" not in held_out.score(one.expected).numbers
+
+
 def test_targets_that_show_nothing_are_left_out():
     """Of two tracers, one of which is not there."""
     radon = Radon(GEOMETRY)

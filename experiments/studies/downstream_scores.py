@@ -24,6 +24,7 @@ from allpet.simulation.tasks import PairedBatch
 from allpet.simulation.tissues import LABELS
 
 VISIBLE = 1.5
+_UNSEEN = 1.2  # uptake over the ring's below which a target does not show a lesion
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _SMALLEST, _FEWEST_PIXELS, _FEWEST_SLICES = 3, 20, 2  # pixels of a lesion; pixels and slices of a tissue
 _FAINT = 0.1  # tissues with less than this share of the body's mean uptake have no bias worth a percentage
@@ -73,6 +74,7 @@ class HeldOut:
         image: what they look like reconstructed.
         patient: of each target.
         lesions: that can be judged.
+        discordant: of two targets, lesions that the other does not show, with the row of the other.
     """
 
     def __init__(self, pairs: PairedBatch, radon: Radon) -> None:
@@ -88,6 +90,7 @@ class HeldOut:
         self.tracer = pairs.target_tracer.flatten()[self.shown]
         found = [lesion for row in range(len(self.truth)) for lesion in self._find_lesions(row)]
         self.lesions = [lesion for lesion in found if lesion.contrast >= VISIBLE]
+        self.discordant = self._find_discordant(k)
         hot = self.labels[:, 0] == LABELS["lesion_hot"]
         near = torch.stack([_dilate(one, 2) for one in hot])[:, None]
         self.elsewhere = (self.labels > 0) & ~near
@@ -117,6 +120,8 @@ class HeldOut:
         lesions = self._lesion_numbers(image)
         numbers: dict[str, float | str] = {name: float(values.nanmean()) for name, values in targets.items()}
         numbers |= self._tissue_numbers(image)
+        if self.discordant:
+            numbers["lesion_leak"] = statistics.fmean(self._leaks(image))
         numbers |= {"lesions": len(self.lesions), "lesion_patients": len(self._lesion_patients().unique())}
         for name, values in lesions.items():
             numbers[name] = float(values.nanmean())
@@ -137,6 +142,26 @@ class HeldOut:
                 image = self.image[row, 0]
                 lesions.append(Lesion(row, area, ring, float(image[area].mean() / image[ring].mean().clamp_min(1e-9))))
         return lesions
+
+    def _find_discordant(self, k: int) -> list[tuple[Lesion, int]]:
+        places = self.shown.nonzero()[:, 0].tolist()  # of all targets, slice by slice
+        found = []
+        for lesion in self.lesions if k == 2 else []:
+            other = places[lesion.row] ^ 1
+            if other in places:
+                row = places.index(other)
+                image = self.image[row, 0]
+                if float(image[lesion.area].mean() / image[lesion.ring].mean().clamp_min(1e-9)) < _UNSEEN:
+                    found.append((lesion, row))
+        return found
+
+    def _leaks(self, image: Tensor) -> list[float]:
+        """Return what a result of the other tracer has too much of in each discordant lesion, over its uptake."""
+        return [
+            float((image[row, 0][lesion.area] - self.image[row, 0][lesion.area]).mean())
+            / float(self.image[lesion.row, 0][lesion.area].mean())
+            for lesion, row in self.discordant
+        ]
 
     def _lesion_patients(self) -> Tensor:
         return self.patient[torch.tensor([lesion.row for lesion in self.lesions], dtype=torch.int64)]
