@@ -140,6 +140,8 @@ def test_ddbm_takes_no_covariance_and_makes_its_calls(data, tmp_path):
     system.denoiser.register_forward_hook(lambda *_: calls.append(1))
     system.restore(data.test_set[[0]].input, asked(1), [0], BridgeSampling(sampler="heun", nfe=11))
     assert len(calls) == 11
+    with pytest.raises(ValueError, match="grid is 'log', but must be 'cosine' or 'uniform'"):
+        BridgeSampling(grid="log")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"nfe is 118, but Heun's sampler makes 3 steps - 1 calls: 2, 5, ..., 119"):
         BridgeSampling(sampler="heun", nfe=118)
 
@@ -188,6 +190,18 @@ def test_conditional_diffusion_finds_what_a_perfect_network_knows(sampler, data,
     errors = system.errors(target, source, Focus(source), asked(2), generators)
     assert errors.residual.abs().max() < 1e-4
     torch.testing.assert_close(errors.clean, target)
+
+
+def test_the_grid_of_times_is_the_one_asked_for(data):
+    """One call takes place at the end in any grid; of several, the times between differ."""
+    system = awake(make().eval())
+    given = data.train_set[[0, 1]].input
+    for nfe in (1, 4):
+        cosine, uniform = (
+            system.restore(given, asked(2), [0, 1], BridgeSampling(nfe=nfe, grid=grid)).mean
+            for grid in ("cosine", "uniform")
+        )
+        assert torch.equal(cosine, uniform) == (nfe == 1)
 
 
 def test_l1_is_the_mean_distance(data, tmp_path):

@@ -53,10 +53,6 @@ class BridgeSampling(PairedSampling):
             raise ValueError(f"sampler is {self.sampler!r}, but must be 'dbim' or 'heun'.")
         if self.grid not in ("cosine", "uniform"):
             raise ValueError(f"grid is {self.grid!r}, but must be 'cosine' or 'uniform'.")
-        if self.grid not in ("cosine", "uniform"):
-            raise ValueError(f"grid is {self.grid!r}, but must be 'cosine' or 'uniform'.")
-        if self.grid not in ("cosine", "uniform"):
-            raise ValueError(f"grid is {self.grid!r}, but must be 'cosine' or 'uniform'.")
         if self.sampler == "heun" and (self.nfe + 1) % 3:
             raise ValueError(f"nfe is {self.nfe}, but Heun's sampler makes 3 steps - 1 calls: 2, 5, ..., 119.")
 
