@@ -704,6 +704,8 @@ def test_identity_knows_the_tracers_where_it_is_told(data):
     stranger = Condition.of("conversion", ["DOPA:brain"] * 4, ["PSMA"] * 4)
     torch.testing.assert_close(identity.restore(given, stranger).mean, given * truth.sum() / given.sum())
     torch.testing.assert_close(identity.restore(given).mean, given * truth.sum() / given.sum())
+    identity.fit(given, 2 * given)
+    torch.testing.assert_close(identity.restore(given, condition).mean, 2 * given, msg="nothing is left of before")
 
 
 def test_the_oracle_is_the_best_of_its_widths_and_beats_the_input(data):

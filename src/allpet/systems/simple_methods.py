@@ -65,6 +65,7 @@ class Identity:
         if total <= 0:
             raise ValueError(f"The inputs sum to {total}, but must hold activity.")
         self.gain = (truth.double().sum((0, 2, 3)) / total).to(truth)
+        self.gains = {}
         if condition is not None:
             kinds = _tracers(condition, truth.shape[1])
             for kind in set(kinds):
