@@ -101,6 +101,23 @@ def test_biases_of_tissues_have_a_size_a_sign_and_a_spread(held_out):
     assert math.isnan(two._tissue_numbers(wrong)["tissue_signed"])
 
 
+def test_how_much_of_the_biases_is_chance_is_told_from_how_slices_differ(held_out):
+    none = held_out._tissue_numbers(1.2 * held_out.image)
+    assert none["tissue_bias"] == pytest.approx(0.2, abs=1e-3)
+    assert none["tissue_chance"] < 1e-6, "all slices are off by the same"
+    many = copy.copy(held_out)
+    parts = ("image", "labels", "patient", "tracer")
+    for name in parts:
+        setattr(many, name, getattr(held_out, name).repeat_interleave(50, 0))
+    biases, chances = [], []
+    for seed in range(40):
+        factors = 1 + 0.3 * torch.randn(200, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+        numbers = many._tissue_numbers(many.image * factors)
+        biases.append(numbers["tissue_bias"])
+        chances.append(numbers["tissue_chance"])
+    assert sum(chances) == pytest.approx(sum(biases), rel=0.3), "of unbiased results all is chance"
+
+
 def test_biases_that_cancel_between_patients_are_seen_patient_by_patient(held_out):
     opposite = held_out.image * torch.tensor([0.8, 0.8, 1.2, 1.2])[:, None, None, None]
     numbers = held_out._tissue_numbers(opposite)
@@ -335,6 +352,8 @@ def test_conclusions_follow_from_the_numbers():
     assert "Not all of bridge, ddbm have been run" in good, "the mean that one call returns is no sample"
     signed = said("low_dose", row("bridge", tissue_signed=-0.004, tissue_sd=0.011))
     assert "mean tissue bias 1 % (at most 2 %: holds, with its sign -0.4 ± 1.1 %)" in signed
+    chance = said("low_dose", *ours, row("identity", tissue_bias=0.054, tissue_chance=0.034))
+    assert "The input has a mean tissue bias of 5.4 %, and would have 3.4 % by chance alone." in chance
     poor = said("low_dose", row("bridge", psnr=32.0, tissue_bias=0.03), oracle, row("regression", psnr=33.0))
     assert "+1.00 dB where +2 is expected: does not hold" in poor
     assert "-1.00 dB; at least as good does not hold" in poor

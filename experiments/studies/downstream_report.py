@@ -38,6 +38,7 @@ SHOWN = {
     "ssim_image": "ssim_image",
     "l2_image": "l2_image",
     "tissue_bias": "tissue_bias_%",
+    "tissue_chance": "tissue_chance_%",
     "tissue_signed": "tissue_signed_%",
     "tissue_sd": "tissue_sd_%",
     "tissue_patients": "tissue_patients_%",
@@ -200,7 +201,12 @@ def _limits(found: _Found, limits: dict[str, float]) -> str:
     ours = found.best(OURS)
     if not ours:
         return _missing("bridge")
-    return f"Our best, {named(ours)}: {_within(ours, limits)}."
+    identity = found.of("identity")
+    measured = ""
+    if identity and all("tissue_chance" in line for line in identity):
+        bias, chance = (100 * over(identity, name) for name in ("tissue_bias", "tissue_chance"))
+        measured = f" The input has a mean tissue bias of {bias:.3g} %, and would have {chance:.2g} % by chance alone."
+    return f"Our best, {named(ours)}: {_within(ours, limits)}.{measured}"
 
 
 def _within(ours: Lines, limits: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ reference shows: its uptake at least ``VISIBLE`` times that of the ring around i
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -185,9 +186,12 @@ class HeldOut:
     def _tissue_numbers(self, image: Tensor) -> dict[str, float | str]:
         """Bias of each tissue's uptake over all held-out slices: mean and worst size, signed mean and deviation.
 
-        ``tissue_patients`` is the mean size of the bias of a tissue in one patient.
+        ``tissue_chance`` is what the mean size would be by chance alone, were nothing biased: that of normal errors as
+        large as the standard errors of the biases, which how they differ between slices gives. ``tissue_patients`` is
+        the mean size of the bias of a tissue in one patient.
         """
         biases: dict[str, float] = {}
+        errors: list[float] = []
         single: list[float] = []
         body = float(self.image[self.labels > 0].mean())
         for tracer in self.tracer.unique().tolist():
@@ -200,21 +204,23 @@ class HeldOut:
                 theirs = float(self.image[area].mean())
                 if theirs < _FAINT * body:
                     continue
-                biases[f"{TRACERS[tracer]} {name}"] = float(image[area].mean()) / theirs - 1
+                bias = float(image[area].mean()) / theirs - 1
+                biases[f"{TRACERS[tracer]} {name}"] = bias
+                beyond = torch.where(area, image - (1 + bias) * self.image, 0.0).flatten(1).sum(1)
+                errors.append(float(beyond.norm()) * (slices / (slices - 1)) ** 0.5 / (theirs * pixels))
                 for patient in self.patient[area.flatten(1).any(1)].unique():
                     its = area & (self.patient == patient)[:, None, None, None]
                     if int(its.sum()) >= _FEWEST_PIXELS:
                         single.append(float(image[its].mean() / self.image[its].mean().clamp_min(1e-9)) - 1)
         if not biases:
-            none = dict.fromkeys(
-                ("tissue_bias", "tissue_signed", "tissue_sd", "tissue_patients", "worst_bias"), float("nan")
-            )
-            return {"tissues": 0, **none, "worst_tissue": ""}
+            names = ("tissue_bias", "tissue_chance", "tissue_signed", "tissue_sd", "tissue_patients", "worst_bias")
+            return {"tissues": 0, **dict.fromkeys(names, float("nan")), "worst_tissue": ""}
         worst = max(biases, key=lambda name: abs(biases[name]))
         values = list(biases.values())
         return {
             "tissues": len(biases),
             "tissue_bias": statistics.fmean(map(abs, values)),
+            "tissue_chance": (2 / math.pi) ** 0.5 * statistics.fmean(errors),
             "tissue_signed": statistics.fmean(values),
             "tissue_sd": statistics.stdev(values) if len(values) > 1 else 0.0,
             "tissue_patients": statistics.fmean(map(abs, single)) if single else float("nan"),
