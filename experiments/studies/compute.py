@@ -21,7 +21,16 @@ from studies.rows import Row
 from studies.training import Bench, Budget, Recipe, batch_size, facts
 
 SHARES = (1.0, 0.25, 4.0, 0.5, 2.0)
-SHOWN = ("kid_conv", "sw_conv", "energy_distance", "spectrum_image_30mm", "hl_residual", "copy_rate", "prompt_obeyed")
+SHOWN = (
+    "kid_conv",
+    "sw_conv",
+    "energy_distance",
+    "spectrum_image_30mm",
+    "hl_residual",
+    "copy_rate",
+    "copy_control",
+    "prompt_obeyed",
+)
 
 
 def rows(bench: Bench, budget: Budget, folder: Path, seed: int, sampling: Sampling) -> list[Row]:
