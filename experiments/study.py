@@ -58,7 +58,7 @@ REMARKS = {
     f"them; copy_rate is a lower bound by that. {PAPER}",
     "steps": "One stage 2 (500 slices, masks and symmetries), sampled in different ways, guided by {guidance:g}.",
     "compute": "Stage 2 trained anew for each budget, with a learning-rate schedule of its own; stage 1 once per "
-    "recipe.",
+    "recipe. Columns as in the few-shot study.",
     "layers": "Held-out slices as measured, encoded and decoded by stage 1, compared with their expected sinograms; "
     "all trained for the same steps. seam: the network sees some views beyond either end, and what it draws of the "
     "ends fades into what it draws beyond the others; no_seam: zeros; moebius, symmetric: every layer goes on past the "
