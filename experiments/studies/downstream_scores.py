@@ -187,8 +187,9 @@ class HeldOut:
         """Bias of each tissue's uptake over all held-out slices: mean and worst size, signed mean and deviation.
 
         ``tissue_chance`` is what the mean size would be by chance alone, were nothing biased: that of normal errors as
-        large as the standard errors of the biases, which how they differ between slices gives. ``tissue_patients`` is
-        the mean size of the bias of a tissue in one patient.
+        large as the standard errors of the biases, which how they differ between slices gives: too small where slices
+        of a patient err alike, too large where slices are biased differently. ``tissue_patients`` is the mean size of
+        the bias of a tissue in one patient.
         """
         biases: dict[str, float] = {}
         errors: list[float] = []
