@@ -101,6 +101,7 @@ REMARKS = {
     "latents can hold. Stage 1 was trained on corrected sinograms alone. Conversion is hypothetical, never "
     "quantitative, and what separates two tracers is what was learned, not physics.",
 }
+_MARKERS = "osD^vP*X<>phd"  # of the groups of a figure, for those who cannot tell colours apart
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -313,8 +314,9 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
             points = sorted((row[along], row[name]) for row in done if row[by] == group)
             places = sorted({x for x, _ in points})
             means = [sum(y for x, y in points if x == place) / sum(x == place for x, _ in points) for place in places]
-            (line,) = axis.plot([aside * x for x in places], means, label=group, color=f"C{i}" if i < 10 else "black")
-            axis.plot([aside * x for x, _ in points], [y for _, y in points], "o", color=line.get_color(), markersize=4)
+            look = {"color": f"C{i}" if i < 10 else "black", "marker": _MARKERS[i % len(_MARKERS)]}
+            axis.plot([aside * x for x in places], means, color=look["color"])
+            axis.plot([aside * x for x, _ in points], [y for _, y in points], ls="", ms=5, label=group, **look)
         floor = sum(row[f"{name}_floor"] for row in done) / len(done)
         axis.axhline(floor, color="black", linestyle="--", linewidth=1)
         axis.set_xscale("log")
@@ -331,8 +333,8 @@ def curves(study: str, done: Sequence[dict[str, Any]]) -> Figure:
             axis.set_yticks([], minor=True)
             axis.tick_params(axis="y", labelsize=8)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    dots = "one training, sampled in different ways" if study == "steps" else "trainings; lines: their means"
-    figure.suptitle(f"Dots: {dots}; dashed: one half of the held-out patients beside the other")
+    what = "one training, sampled in different ways" if study == "steps" else "trainings; lines: their means"
+    figure.suptitle(f"Points: {what}; dashed: one half of the held-out patients beside the other")
     return figure
 
 
