@@ -23,10 +23,12 @@ def attention_overlay(
     strength: float = 1.0,
     titles: Sequence[str] | None = None,
     results: Tensor | None = None,
+    fitted: Areas | None = None,
 ) -> Any:
     """Draw for each slice: the quick image, the areas on it, the sinogram, the attention on it, and the attention.
 
-    Where results are fitted to the input, their areas come last: the fit attends to those of what the network drew.
+    Where results were fitted to the input, the areas that the fit attended to come last, on the result: those of what
+    the network drew before, or the ROI.
 
     Args:
         attention: the model's.
@@ -34,7 +36,8 @@ def attention_overlay(
         roi: see ``TransparentMedicalAttention``.
         strength: see there.
         titles: of the slices.
-        results: that were fitted, ``(batch, 1, views, bins)``; None where none were.
+        results: ``(batch, 1, views, bins)``; needed with ``fitted``.
+        fitted: areas that the fit attended to (``Restored.areas``); None where nothing was fitted.
 
     Returns:
         a matplotlib figure.
@@ -42,9 +45,9 @@ def attention_overlay(
     areas = attention.areas(sinograms, roi)
     attended = attention.attend(areas, strength).cpu()
     images, sinograms = attention.quick_image(sinograms).cpu(), sinograms.cpu()
-    if results is not None:
-        found = attention.areas(results, roi)
-        fitted = attention.quick_image(results).cpu()
+    if fitted is not None:
+        assert results is not None
+        ends = attention.quick_image(results).cpu()
     highest = max(float(attended.max()), 1 + 1e-6)
     rows = []
     for i in range(len(sinograms)):
@@ -58,8 +61,8 @@ def attention_overlay(
                 Tile(attended[i, 0], (1, highest), f"attention, 1 to {highest:.2f}"),
             ]
         )
-        if results is not None:
-            rows[-1].append(Tile(tinted_areas(fitted[i, 0], found, i), (0, 1), "fitted result,\nits areas"))
+        if fitted is not None:
+            rows[-1].append(Tile(tinted_areas(ends[i, 0], fitted, i), (0, 1), "result, what the\nfit attended to"))
     labels = [""] * len(rows) if titles is None else list(titles)
     return draw_grid(rows, labels, "where the model looks")
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 import allpet
 from allpet import Radon, fbp
+from allpet.attention import Areas
 from allpet.conditions import RestorationBatch
 from allpet.io import Scan, write_scan
 from allpet.metrics import standard_image
 from allpet.prompts import TRACERS
 from allpet.simulation.tasks import TASKS
-from allpet.systems.paired import PairedSystem, Restored
+from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
 from callbacks.attention_overlay import attention_overlay, tinted_areas, tinted_sinogram
 from callbacks.figures import Tile, draw_grid, save_figure, top
@@ -61,6 +62,7 @@ class RestorationWriter(Callback):
         self._rows: dict[str, list[Tensor]] = {}
         self._name: str | None = None
         self._shown: list[tuple[str, dict[str, Tensor], Tensor | None]] = []
+        self._fitted: list[Areas] = []
         self._count = 0
         self._done: dict[str, str] = {}
 
@@ -101,6 +103,8 @@ class RestorationWriter(Callback):
             self._targets += tracers[i * batch.n_targets : (i + 1) * batch.n_targets]
             if len(self._shown) < self.n_gallery:
                 self._show(pl_module, radon, results, batch, i)
+                if outputs.areas is not None:
+                    self._fitted.append(Areas(*(kind[i].cpu() for kind in outputs.areas)))
         self._count += len(batch.origin)
         self._last = batch
 
@@ -118,15 +122,16 @@ class RestorationWriter(Callback):
         attention = pl_module.attention_to(rois[0] if rois else None)
         if attention is not None:
             sinograms = torch.stack([parts["input"] for _, parts, _ in self._shown])
-            fits = pl_module.sampling.fitted(self._last.condition.task[:1], self._last.n_targets)
             results = torch.stack([parts["sinograms"].sum(0, keepdim=True) for _, parts, _ in self._shown])
+            areas = Areas(*(torch.stack(kind) for kind in zip(*self._fitted, strict=True))) if self._fitted else None
             drawn = attention_overlay(
                 attention,
                 sinograms,
                 torch.stack(rois) if rois else None,
-                pl_module.sampling.attention_strength,
+                pl_module.sampling.strength,
                 [title for title, _, _ in self._shown],
-                results if fits else None,
+                results,
+                areas,
             )
             save_figure(drawn, folder / "attention.png")
             pictures.append("attention.png")
@@ -134,7 +139,7 @@ class RestorationWriter(Callback):
 
     def _results(self, radon: Radon, restored: Restored, batch: RestorationBatch) -> dict[str, Tensor]:
         """Return what is written, each ``(batch, targets, a, b)``, in the user's units."""
-        mean, std, samples = (values.float() / batch.gain for values in restored)
+        mean, std, samples = (values.float() / batch.gain for values in restored[:3])
         parts = {"sinograms": mean, "images": self._reconstruct(radon, mean)}
         if len(samples) > 1:
             images = torch.stack([self._reconstruct(radon, sample) for sample in samples])
@@ -163,7 +168,7 @@ class RestorationWriter(Callback):
         if (attention := system.attention_to(roi)) is not None:
             quick = attention.quick_image(given[None])[0, 0]
             areas = attention.areas(given[None], None if roi is None else roi[None])
-            attended = attention.attend(areas, system.sampling.attention_strength)[0, 0]
+            attended = attention.attend(areas, system.sampling.strength)[0, 0]
             parts["image attended"] = tinted_areas(quick.cpu(), areas, 0)
             parts["sinogram attended"] = tinted_sinogram(given[0].cpu(), attended.cpu())
         self._shown.append((f"{name}\nslice {number}", parts, roi))
@@ -182,6 +187,7 @@ class RestorationWriter(Callback):
                 table["input_tracer"] = table["tracer"]
             table["tracer"] = self._targets
         place = self._place(self._name)
+        ways = 1 if isinstance(system, PriorRestoration) else system.ways(system.sampling)
         for part, values in self._rows.items():
             mean = not part.endswith("_std")
             what = "mean" if mean else "standard deviation"
@@ -195,8 +201,8 @@ class RestorationWriter(Callback):
                 "task": task,
                 **({"note": NOTES[task]} if task in NOTES else {}),
                 "gain": batch.gain,
-                "sampling": repr(system.sampling),
-                "orientations": 1 if isinstance(system, PriorRestoration) else system.ways(system.sampling),
+                "sampling": repr(_used(system.sampling, batch)),
+                "orientations": min(ways, system.sampling.samples),
                 "content": f"{what} over {system.sampling.samples} sample(s)",
                 "region_of_interest": batch.roi is not None,
                 "software": f"allpet {allpet.__version__}",
@@ -261,6 +267,13 @@ def restoration_gallery(
         said.append(f"{task}: {NOTES[task]}")
     width = 25 * len(rows[0])  # characters above a tile
     return draw_grid(rows, labels, "\n".join(textwrap.fill(line, width) for line in said), tile_inches=1.6)
+
+
+def _used(sampling: PairedSampling, batch: RestorationBatch) -> PairedSampling:
+    """Return what of a sampling came into play: where the input does not measure the targets, nothing is fitted."""
+    if sampling.fitted(batch.condition.task[:1], batch.n_targets):
+        return sampling
+    return replace(sampling, data_consistency=0, neighbourhood_mm=0.0)
 
 
 def _task(batch: RestorationBatch) -> str:

@@ -627,24 +627,41 @@ def test_a_model_that_cannot_heed_a_roi_says_so(data):
                 system.restore(given, condition, [0], sampling, roi=roi(5, 5))
 
 
+def test_a_strength_is_refused_where_nothing_attends(data):
+    given, fitted = data.test_set[[0]].input, BridgeSampling(nfe=1, data_consistency=2)
+    for system, sampling in ((make().eval(), fitted), (attending("loss"), BridgeSampling(nfe=1))):
+        system.geometry = GEOMETRY
+        with pytest.raises(ValueError, match="attention_strength is 2, but nothing attends: give a region of interest"):
+            system.restore(given, asked(1), [0], replace(sampling, attention_strength=2.0))
+        with pytest.raises(ValueError, match="attention_strength is 0, but nothing attends"):
+            system.restore(given, asked(1), [0], sampling, attention_strength=0.0)
+    system = attending("loss")  # attends where it fits
+    assert system.restore(given, asked(1), [0], replace(fitted, attention_strength=2.0)).areas is not None
+
+
 def test_the_fit_of_any_model_heeds_a_roi_and_that_of_one_that_attends_its_areas(data):
     given, sampling = data.test_set[[0, 1]].input, BridgeSampling(nfe=1, data_consistency=3)
     radon = Radon(GEOMETRY)
     for system in (awake(make()).eval(), attending("loss")):
         system.geometry = GEOMETRY
         start = system.restore(given, asked(2), [3, 4], BridgeSampling(nfe=1)).mean
-        for region, strength in ((None, 1.0), (roi(5, 6), 1.0), (roi(5, 6), 2.0), (roi(9, 8), 0.0)):
-            result = system.restore(given, asked(2), [3, 4], sampling, roi=region, attention_strength=strength).mean
-            attention = torch.ones(2, 1, 16, 16)
+        for region, strength in ((None, None), (roi(5, 6), 1.0), (roi(5, 6), 2.0), (roi(9, 8), 0.0)):
+            restored = system.restore(given, asked(2), [3, 4], sampling, roi=region, attention_strength=strength)
+            result, attention = restored.mean, torch.ones(2, 1, 16, 16)
             if region is not None:
                 attention = attention + strength * region
-            elif system.attention is not None:
-                hot, cold, _, _ = system.attention.areas(start)  # of the result, not of the input
+                assert torch.equal(restored.areas.roi, region.expand(2, -1, -1, -1))
+            elif system.attention is None:
+                assert restored.areas is None
+            else:
+                hot, cold, _, _ = system.attention.areas(start)  # of what was drawn, not of the input or the result
+                assert torch.equal(restored.areas.hot, hot)
+                assert torch.equal(restored.areas.cold, cold)
                 attention = attention + hot.float() + cold.float()
                 assert attention.max() == 2
             wanted = fit_measured(start, given, radon, 3, attention)
             torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
-        with pytest.raises(ValueError, match="strength is -1, but must not be negative"):
+        with pytest.raises(ValueError, match="attention_strength is -1, but must be finite and not negative"):
             system.restore(given, asked(2), [3, 4], sampling, roi=roi(5, 6), attention_strength=-1)
 
 

@@ -34,6 +34,7 @@ from allpet.cli import main
 from allpet.conditions import LABEL_SIZE
 from allpet.io import Scan, read_scan, write_scan
 from allpet.metrics import standard_image
+from allpet.orientations import Orientations
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.simulation.tissues import LABELS
@@ -177,6 +178,39 @@ def test_a_region_of_interest_changes_what_comes_out(model, folder, tmp_path):
     assert values[1].provenance["region_of_interest"]
     assert not np.allclose(values[1].values, values[0].values, rtol=1e-3)
     assert not (runs[0] / "images_std").exists()  # of one sample there is no deviation
+
+
+def test_the_picture_shows_what_the_fit_attended_to(model, folder, monkeypatch):
+    """The areas of what the network drew before the fit, not those of the result."""
+    shown = []
+    overlay = callbacks.restoration_writer.attention_overlay
+    monkeypatch.setattr(
+        callbacks.restoration_writer, "attention_overlay", lambda *given: shown.append(given) or overlay(*given)
+    )
+    restore(model, folder, "--data.gain", "1.0")
+    results, found = shown[0][-2:]
+    system = LatentBridge.from_pretrained(model)
+    data = SinogramsToRestore(str(folder), dose=0.1, gain=1.0)
+    data.setup()
+    batch = data.batch(range(5))
+    drawn = system.restore(batch.input, batch.condition, batch.seed.tolist(), BridgeSampling(nfe=2, samples=3)).mean
+    wanted = system.attention.areas(drawn)
+    assert torch.equal(found.hot, wanted.hot)
+    assert torch.equal(found.cold, wanted.cold)
+    assert not torch.equal(wanted.cold, system.attention.areas(results).cold)
+
+
+def test_what_is_noted_of_sampling_is_what_came_into_play(folder, tmp_path):
+    settings = {"layers_per_block": 1, "attention": (False, False), "label_size": LABEL_SIZE}
+    system = LatentBridge(PixelSpace(), Denoiser(1, 1, (8, 16), **settings))
+    system.autoencoder.scaling.set_scale(500.0)
+    system.geometry, system.orientations = GEOMETRY, Orientations(180.0, True)
+    system.save_pretrained(tmp_path / "plain")
+    for task, more, updates in (("low_dose", [], 16), ("attenuation", ["--data.dose", "null"], 0)):
+        run = restore(tmp_path / "plain", folder / "p8", "--data.gain", "1", "--data.task", task, *more)
+        noted = read_scan(run / "sinograms/bare.h5").provenance
+        assert f"data_consistency={updates}," in noted["sampling"]
+        assert noted["orientations"] == 3  # one for each sample, though there are many more
 
 
 def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):
@@ -498,10 +532,10 @@ def test_pictures_show_areas_where_they_are():
     shown = np.asarray(figure.axes[4].images[0].get_array())
     np.testing.assert_allclose(shown, attention(given, roi)[0, 0].numpy(), rtol=1e-5)
     spot = Radon(GEOMETRY).project(roi.float())
-    figure = attention_overlay(attention, given, results=given + 5 * spot)
+    figure = attention_overlay(attention, given, results=given, fitted=attention.areas(given + 5 * spot))
     before, after = (np.asarray(figure.axes[k].images[0].get_array()) for k in (1, 5))
     red = [(picture[..., 0] - picture[..., 2] > 0.05)[roi[0, 0].numpy()].any() for picture in (before, after)]
-    assert red == [False, True], "areas of the result are drawn on the result"
+    assert red == [False, True], "areas that the fit attended to are drawn on the result"
 
 
 def test_the_writer_refuses_what_restores_nothing():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from allpet.attention import TransparentMedicalAttention
+from allpet.attention import Areas, TransparentMedicalAttention
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
 from allpet.consistency import NEIGHBOURHOOD_MM, fit_measured, reproject
@@ -49,16 +49,27 @@ class Restored(NamedTuple):
         mean: over the samples, ``(batch, targets, views, bins)``.
         std: standard deviation over the samples, the same shape; zeros for one sample.
         samples: ``(samples, batch, targets, views, bins)``.
+        areas: that the fit to the input attended to; None where nothing was fitted, or nothing attends.
     """
 
     mean: Tensor
     std: Tensor
     samples: Tensor
+    areas: Areas | None = None
 
     @classmethod
-    def of(cls, samples: Tensor) -> Restored:
+    def of(cls, samples: Tensor, areas: Areas | None = None) -> Restored:
         """Mean and standard deviation of ``(samples, batch, targets, views, bins)``."""
-        return cls(samples.mean(0), samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0]), samples)
+        std = samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0])
+        return cls(samples.mean(0), std, samples, areas)
+
+
+def nothing_attends(strength: float) -> str:
+    """Return why a strength of attention is refused."""
+    return (
+        f"attention_strength is {strength:g}, but nothing attends: give a region of interest (ROI=, BOX=), use a model "
+        "that attends (experiments/finetune/methods/attention.yaml), or leave it out."
+    )
 
 
 class Errors(NamedTuple):
@@ -81,7 +92,8 @@ class PairedSampling:
         nfe: network calls per sample.
         samples: how many to draw for each input; their mean and standard deviation are returned.
         batch_size: latents per network call, and slices that are fitted at once.
-        attention_strength: how strongly a model that attends does so, see ``TransparentMedicalAttention``.
+        attention_strength: how strongly a model that attends, or the fit where a ROI is given, does so, see
+            ``TransparentMedicalAttention``; None for 1. Where nothing attends, it must be None.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
             stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
@@ -98,7 +110,7 @@ class PairedSampling:
     nfe: int = 5
     samples: int = 1
     batch_size: int = 64
-    attention_strength: float = 1.0
+    attention_strength: float | None = None
     data_consistency: int = 0
     neighbourhood_mm: float = NEIGHBOURHOOD_MM
     turned: bool = True
@@ -107,12 +119,17 @@ class PairedSampling:
         for name in ("nfe", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        if not 0 <= self.attention_strength < float("inf"):
+        if not 0 <= self.strength < float("inf"):
             raise ValueError(f"attention_strength is {self.attention_strength}, but must be finite and not negative.")
         if self.data_consistency < 0:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
         if not 0 <= self.neighbourhood_mm < float("inf"):
             raise ValueError(f"neighbourhood_mm is {self.neighbourhood_mm}, but must be finite and not negative.")
+
+    @property
+    def strength(self) -> float:
+        """Of attention."""
+        return 1.0 if self.attention_strength is None else self.attention_strength
 
     @property
     def certain(self) -> bool:
@@ -454,11 +471,14 @@ class PairedSystem(LatentSystem):
             attention_strength: how strongly; None for the sampling's.
 
         Raises:
-            ValueError: if the shapes do not fit, a ROI is given to a model that cannot heed it, or ``check`` refuses.
+            ValueError: if the shapes do not fit, a ROI is given to a model that cannot heed it, or a strength where
+                nothing attends, or ``check`` refuses.
         """
         sampling = sampling or self.sampling
+        if attention_strength is not None:
+            sampling = replace(sampling, attention_strength=attention_strength)
         self.check(condition, sampling, n_targets)
-        return self._restored(given, condition, seeds, sampling, n_targets, progress, roi, attention_strength)
+        return self._restored(given, condition, seeds, sampling, n_targets, progress, roi)
 
     def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:
         """Refuse what the model was not trained for, and samples that would all be the same.
@@ -498,15 +518,13 @@ class PairedSystem(LatentSystem):
         n_targets: int,
         progress: bool = False,
         roi: Tensor | None = None,
-        attention_strength: float | None = None,
     ) -> Restored:
         shape = (given.shape[-2], given.shape[-1])
         self._check(given, shape, condition, seeds, sampling, n_targets, roi)
-        strength = sampling.attention_strength if attention_strength is None else attention_strength
         condition = move_data_to_device(condition, self.device)
         ratio = self.input_scale(condition.task[::n_targets])
         scaled = given.to(self.device) / ratio
-        start, attended = self.starting(scaled), self.attend(scaled, roi, strength)
+        start, attended = self.starting(scaled), self.attend(scaled, roi, sampling.strength)
         results: list[Tensor] = []
         encoded: Orientation | None = None
         for draw in range(sampling.samples):
@@ -531,13 +549,13 @@ class PairedSystem(LatentSystem):
             results.append(lies.lay_back(full))
         # Two targets add up to the input as given: their scale is its own.
         measured = given.to(self.device) if n_targets > 1 else scaled
-        tasks, emphasis = condition.task[::n_targets], None
+        tasks, areas, emphasis = condition.task[::n_targets], None, None
         drawn = torch.stack(results)
         if sampling.fitted(tasks, n_targets) and (attention := self.attention_to(roi)):
             # In what the network has drawn, noise makes far fewer areas than in the input.
             areas = attention.areas(drawn.mean(0).sum(1, keepdim=True), roi)
-            emphasis = attention.emphasise(areas, strength)
-        return Restored.of(sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis))
+            emphasis = attention.emphasise(areas, sampling.strength)
+        return Restored.of(sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis), areas)
 
     def starting(self, given: Tensor) -> Tensor:
         """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.
@@ -663,6 +681,9 @@ class PairedSystem(LatentSystem):
                 "separation: data_consistency), or train a model that attends by gain or channel "
                 "(experiments/finetune/methods/attention.yaml)."
             )
+        looks = roi is not None or attends or (self.attention_use is not None and fits)
+        if sampling.attention_strength is not None and not looks:
+            raise ValueError(nothing_attends(sampling.strength))
 
     def _restore_pairs(self, batch: PairedBatch, sampling: PairedSampling) -> Restored:
         n_targets = batch.expected.shape[1]

@@ -35,7 +35,7 @@ from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.systems.knowledge import Knowledge, TaskKnowledge
 from allpet.systems.latent_diffusion import LatentDiffusion
-from allpet.systems.paired import PairedSampling, Restored
+from allpet.systems.paired import PairedSampling, Restored, nothing_attends
 
 ORDERS = 4
 """Moments that the noise is measured by."""
@@ -157,7 +157,7 @@ class PriorRestoration(LightningModule):
             attention_strength: how strongly; None for the sampling's.
 
         Raises:
-            ValueError: if ``check`` refuses, or there is a ROI and no fit to heed it.
+            ValueError: if ``check`` refuses, there is a ROI and no fit to heed it, or a strength and no ROI.
         """
         self.check(condition, sampling, n_targets)
         sampling = sampling or self.sampling
@@ -166,6 +166,9 @@ class PriorRestoration(LightningModule):
                 "Stage 2 alone heeds a region of interest in the fit to the input: leave it out, or fit "
                 "(data_consistency)."
             )
+        strength = sampling.attention_strength if attention_strength is None else attention_strength
+        if strength is not None and roi is None:
+            raise ValueError(nothing_attends(strength))
         model, shape = self.model, self.geometry.sinogram_shape
         given = given.to(model.device)
         prompt = Prompt(*(index.to(model.device) for index in condition.prompt))
@@ -186,11 +189,12 @@ class PriorRestoration(LightningModule):
                 pieces.append(self._denoise(noisy, spread, part, sampling.nfe))
             full = model.autoencoder.decode(torch.cat(pieces), shape).full
             results.append(model.autoencoder.scaling.inverse(full))
-        emphasis = None
+        areas, emphasis = None, None
         if (attention := self.attention_to(roi)) is not None:
-            strength = sampling.attention_strength if attention_strength is None else attention_strength
-            emphasis = attention.emphasise(attention.areas(given, roi), strength)
-        return Restored.of(sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds, emphasis))
+            areas = attention.areas(given, roi)
+            emphasis = attention.emphasise(areas, 1.0 if strength is None else strength)
+        fitted = sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds, emphasis)
+        return Restored.of(fitted, areas)
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the standard deviation of the noise in the latent of each input, ``(batch,)``.
