@@ -3,12 +3,14 @@ r"""Generate pairs of a downstream task beside few real ones (arXiv 2509.09130, 
     python experiments/synthesise.py low_dose --pairs 50 --count 450      (make synthesise TASK=low_dose PAIRS=50)
     make finetune TASK=low_dose PAIRS=50 ARGS="--data.generated=outputs/pairs/low_dose.safetensors"
 
-Targets are drawn from stage 2. The input of a low dose follows by physics; that of any other task a *reverse* model
-makes, which is trained on the real pairs first:
+Targets are drawn from stage 2. The input of a low dose follows by physics; that of any other task a *helper* makes,
+which is trained on the real pairs first, the wrong way round (``allpet.systems.pair_synthesis``):
 
-    make finetune TASK=delayed PAIRS=50 ARGS="-c experiments/finetune/methods/regression_pixels.yaml \
-        --data.reverse=true --run.root=outputs/reverse/delayed"
-    make synthesise TASK=delayed PAIRS=50
+    make finetune TASK=conversion PAIRS=50 ARGS="-c experiments/finetune/methods/regression_pixels.yaml \
+        --data.reverse=true --run.root=outputs/helpers/conversion"
+    make synthesise TASK=conversion PAIRS=50
+
+Of delayed scans the inputs are drawn, and the helper is trained the right way round: without ``--data.reverse=true``.
 
 The real pairs, which prompts, doses, delays and the strength of noise are taken from, are the first of ``PairedTask``,
 as ``make finetune`` trains on them, or of a folder of one's own (``--folder``, low dose alone).
@@ -27,7 +29,7 @@ from allpet import LatentBridge, LatentDiffusion, Sampling, synthesise_pairs
 from allpet.io import DataError
 from allpet.runs import newest_pretrained
 from allpet.simulation.tasks import TASKS
-from allpet.systems.pair_synthesis import PHYSICS
+from allpet.systems.pair_synthesis import FORWARD, PHYSICS
 from data_modules import PairedFiles, PairedTask
 from data_modules.paired_base import PairedDataModule
 from data_modules.paired_set import write_pairs
@@ -40,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> Path:
     parser.add_argument("--pairs", type=int, help="real pairs (50 simulated ones, or all of a folder)")
     parser.add_argument("--count", type=int, default=450, help="pairs to generate (450)")
     parser.add_argument("--stage2", type=Path, default=Path("outputs/ldm"), help="run or root (outputs/ldm)")
-    parser.add_argument("--reverse", type=Path, help="run or root of the reverse model (outputs/reverse/TASK)")
+    parser.add_argument("--helper", type=Path, help="run or root of the helper (outputs/helpers/TASK)")
     parser.add_argument("--folder", help="real pairs of one's own, as of make finetune DATA= (low_dose)")
     parser.add_argument("--tracer", default="open", help="of the folder's pairs (open: as the files say)")
     parser.add_argument("--region", default="open", help="of the folder's pairs")
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace) -> Path:
     """Generate pairs, write them, and return the file.
 
     Raises:
-        ValueError: if a number is impossible or the folder's pairs are of a task that needs a reverse model.
+        ValueError: if a number is impossible or the folder's pairs are of a task that needs a helper.
         FileNotFoundError: if a model is not there.
     """
     if options.pairs is None and options.folder is None:
@@ -69,24 +71,24 @@ def run(options: argparse.Namespace) -> Path:
         raise ValueError(f"pairs is {options.pairs} and count {options.count}, but both must be at least 1.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prior = LatentDiffusion.from_pretrained(newest_pretrained(options.stage2)).to(device)
-    reverse = None
+    helper = None
     if options.task not in PHYSICS:
         if options.folder is not None:
             raise ValueError(f"Pairs of one's own are generated for {', '.join(PHYSICS)}, not for {options.task}.")
-        place = options.reverse or Path("outputs/reverse") / options.task
+        place = options.helper or Path("outputs/helpers") / options.task
         try:
-            reverse = LatentBridge.from_pretrained(newest_pretrained(place)).to(device)
+            helper = LatentBridge.from_pretrained(newest_pretrained(place)).to(device)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{place} holds no finished reverse model, which {options.task} needs: train it first with make "
+                f"{place} holds no finished helper, which {options.task} needs: train it first with make "
                 f"finetune TASK={options.task} PAIRS={options.pairs} "
-                'ARGS="-c experiments/finetune/methods/regression_pixels.yaml --data.reverse=true '
-                f'--run.root={place}".'
+                'ARGS="-c experiments/finetune/methods/regression_pixels.yaml '
+                f'{"" if options.task in FORWARD else "--data.reverse=true "}--run.root={place}".'
             ) from error
     data = _real(options, prior)
     pairs = data.train_set[list(range(len(data.train_set)))]
     seeds = range(options.seed, options.seed + options.count)
-    made = synthesise_pairs(prior, pairs, seeds, reverse, Sampling(guidance=options.guidance))  # type: ignore[arg-type]
+    made = synthesise_pairs(prior, pairs, seeds, helper, Sampling(guidance=options.guidance))  # type: ignore[arg-type]
     gain = float(data.summary().get("gain", 1.0))
     path = write_pairs(options.output or Path("outputs/pairs") / f"{options.task}.safetensors", made, gain)
     print(f"Wrote {path}: {options.count} pairs for {options.task}, generated beside {len(pairs.input)} real ones.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.systems.latent_bridge import LatentBridge
 from allpet.systems.pair_synthesis import FIRST_ID, measure_noise, synthesise_pairs
-from allpet.systems.paired import PairedSampling
+from allpet.systems.paired import PairedSampling, Restored
 from allpet.systems.prior_restoration import PriorRestoration, noise_variance
 from allpet.systems.sampling import Sampling, add_counting_noise
 from data_modules import PairedMix, PairedTask
@@ -182,7 +183,7 @@ def test_low_doses_are_generated_with_the_counts_of_real_ones():
     assert found.input.shape == (6, 1, *GEOMETRY.sinogram_shape)
     assert (found.sample_id >= FIRST_ID).all()
     assert torch.equal(found.dose, real.dose[:6])
-    level = measure_noise(real, GEOMETRY)
+    level = measure_noise(real)
     expected = found.expected
     for noisy, wanted in ((found.noisy, level.target), (found.input, level.input / 0.1)):
         measured = (noisy - expected).square().sum((1, 2, 3)) / expected.sum((1, 2, 3))
@@ -191,20 +192,53 @@ def test_low_doses_are_generated_with_the_counts_of_real_ones():
     assert again.sample_id[0] == found.sample_id[3]
 
 
-def test_other_tasks_need_a_reverse_model_and_use_it():
+class Says(LatentBridge):
+    """A helper that returns a multiple of what it is given."""
+
+    factor = 1.0
+
+    def restore(self, given: Tensor, condition: Condition, seeds: Any, *more: Any, **further: Any) -> Restored:
+        self.asked = condition
+        return Restored.of(self.factor * given[None])
+
+
+def helper(factor: float = 1.0) -> Says:
+    says = Says(PixelSpace(), Denoiser(1, 1, (8, 16), **SMALL, label_size=LABEL_SIZE))
+    says.factor = factor
+    return says
+
+
+def test_what_physics_do_not_say_a_helper_does():
+    sampling = Sampling("ddim", 2)
+    for task in ("separation", "attenuation", "conversion", "delayed"):
+        with pytest.raises(ValueError, match=f"No physics make the pairs of {task}: give a helper, trained on pairs"):
+            synthesise_pairs(prior(), pairs(task)[[0, 1]], [0])
     real = pairs("separation")[list(range(4))]
-    with pytest.raises(ValueError, match="No physics make the input of separation"):
-        synthesise_pairs(prior(), real, [0])
-    reverse = LatentBridge(PixelSpace(), Denoiser(1, 1, (8, 16), **SMALL, label_size=LABEL_SIZE)).eval()
-    reverse.autoencoder.scaling.set_scale(1000.0)
-    reverse.geometry = GEOMETRY
-    found = synthesise_pairs(prior(), real, [0, 1], reverse, Sampling("ddim", 2))
+    found = synthesise_pairs(prior(), real, [0, 1], helper(0.5), sampling)
     assert found.expected.shape == found.noisy.shape == (2, 2, *GEOMETRY.sinogram_shape)
-    total = found.expected.sum((1, 2, 3))
+    torch.testing.assert_close(found.expected[:, 1], 0.5 * found.noisy[:, 0])
+    torch.testing.assert_close(found.input.sum((1, 2, 3)), found.expected.sum((1, 2, 3)), rtol=0.1, atol=0)
+    for task in ("attenuation", "conversion"):  # the target is drawn, the input is the helper's
+        says, real = helper(0.5), pairs(task)[list(range(4))]
+        found = synthesise_pairs(prior(), real, [0, 1], says, sampling)
+        torch.testing.assert_close(found.input.sum((1, 2, 3)), 0.5 * found.noisy.sum((1, 2, 3)), rtol=0.1, atol=0)
+        assert torch.equal(says.asked.target_tracer, real.prompt.tracer[:2]), "the wrong way round"
+
+
+def test_delayed_scans_are_learned_from_inputs_at_the_usual_time():
+    says, real = helper(0.25), pairs("delayed")[list(range(4))]
+    found = synthesise_pairs(prior(), real, [0, 1], says, Sampling("ddim", 2))
+    torch.testing.assert_close(found.expected, 0.25 * found.input.clamp_min(0))
+    assert torch.equal(says.asked.delay_min, real.delay_min[:2])
+    drawn = prior().sample(Prompt(*(part[:2] for part in real.prompt)), [0, 1], Sampling("ddim", 2))
+    total = drawn.sinogram.clamp_min(0).sum((1, 2, 3))
     torch.testing.assert_close(found.input.sum((1, 2, 3)), total, rtol=0.1, atol=0)
-    one = pairs("attenuation")[list(range(4))]
-    found = synthesise_pairs(prior(), one, [0, 1], reverse, Sampling("ddim", 2))
-    assert found.expected.shape == found.input.shape == (2, 1, *GEOMETRY.sinogram_shape)
+
+
+@pytest.mark.parametrize("task", ["conversion", "delayed", "separation"])
+def test_the_noise_of_corrected_inputs_does_not_depend_on_how_good_the_helper_is(task):
+    real = pairs(task)[list(range(8))]
+    assert measure_noise(real, helper(1.0)) == measure_noise(real, helper(0.1))
 
 
 # ------------------------------------------------------------------------------------------- stage 2 without pairs
@@ -218,10 +252,16 @@ def test_noise_is_measured_by_what_no_image_could_have_caused():
     for total in counts:
         noisy = torch.cat([add_counting_noise(clean, total, [keyed_generator(i, "noise")]) for i in range(12)])
         truth = float(clean.sum()) / total
-        assert float(noise_variance(noisy, FINE).mean()) == pytest.approx(truth, rel=0.15)
-    assert float(noise_variance(clean, FINE)) < 0.05 * float(clean.sum()) / counts[1]
-    with pytest.raises(ValueError, match="more than 4 views; got 3"):
-        noise_variance(clean[:, :, :3], ParallelBeam(3, 64, 8.0, 64, 8.0))
+        assert float(noise_variance(noisy).mean()) == pytest.approx(truth, rel=0.15)
+    assert float(noise_variance(clean)) < 0.05 * float(clean.sum()) / counts[1]
+    # attenuation makes it uneven: most is in the middle
+    variance = 0.5 * clean * (1 + 4 * torch.exp(-((FINE.bin_centers / 60) ** 2)))
+    noise = [torch.randn(clean.shape, generator=keyed_generator(i, "uneven")) for i in range(24)]
+    noisy = torch.cat([clean + variance.sqrt() * one for one in noise])
+    truth = float(variance.sum() / clean.sum())
+    assert float(noise_variance(noisy).mean()) == pytest.approx(truth, rel=0.15)
+    with pytest.raises(ValueError, match="but there is only 1 view"):
+        noise_variance(clean[:, :, :1])
 
 
 class Gaussian(LatentDiffusion):

@@ -104,19 +104,23 @@ def test_pairs_of_ones_own_are_followed_and_joined_likewise(own, stage2, tmp_pat
         torch.testing.assert_close(gain * mine, made.noisy[:1], rtol=1e-3, atol=1e-3)
 
 
-def test_other_tasks_need_a_reverse_model_and_take_it(stage2, tmp_path, monkeypatch):
+def test_other_tasks_need_a_helper_and_take_it(stage2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"which delayed needs: train it first with make finetune TASK=delayed PAIRS="):
         synthesise.main(["delayed", "--stage2", str(stage2)])
+    for task, way in (("conversion", True), ("delayed", False)):
+        with pytest.raises(SystemExit) as refused:
+            synthesise.main([task, "--stage2", str(stage2)])
+        assert ("--data.reverse=true" in str(refused.value)) == way
     with pytest.raises(SystemExit, match="Pairs of one's own are generated for low_dose, not for delayed"):
         synthesise.main(["delayed", "--stage2", str(stage2), "--folder", "mine"])
     with pytest.raises(SystemExit, match="both must be at least 1"):
         synthesise.main(["low_dose", "--count", "0", "--stage2", str(stage2)])
     with pytest.raises(SystemExit, match="holds no finished run"):
         synthesise.main(["low_dose", "--stage2", str(tmp_path / "nothing")])
-    reverse = LatentBridge(PixelSpace(), pixel_denoiser())
-    reverse.geometry = GEOMETRY
-    reverse.save_pretrained(tmp_path / "reverse")
-    words = ["--pairs", "3", "--count", "2", "--stage2", str(stage2), "--reverse", str(tmp_path / "reverse")]
+    helper = LatentBridge(PixelSpace(), pixel_denoiser())
+    helper.geometry = GEOMETRY
+    helper.save_pretrained(tmp_path / "helper")
+    words = ["--pairs", "3", "--count", "2", "--stage2", str(stage2), "--helper", str(tmp_path / "helper")]
     path = synthesise.main(["delayed", *words])
     assert (read_pairs(path, "delayed", GEOMETRY)[[0, 1]].delay_min > 0).all()

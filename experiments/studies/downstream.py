@@ -31,7 +31,7 @@ from allpet.batches import unmasked_stack
 from allpet.metrics import standard_image
 from allpet.runs import newest_pretrained
 from allpet.simulation.tasks import MEASURING, TASKS
-from allpet.systems.pair_synthesis import PHYSICS, synthesise_pairs
+from allpet.systems.pair_synthesis import FORWARD, PHYSICS, synthesise_pairs
 from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
@@ -229,13 +229,14 @@ def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
     file = generated_file(folder)
     if file.exists():
         return file
-    reverse = None
+    helper = None
     if plan.task not in PHYSICS:
-        reverse = plan.finetune(folder / "reverse", seed, pairs, "regression_pixels", ["--data.reverse=true"])
+        way = [] if plan.task in FORWARD else ["--data.reverse=true"]
+        helper = plan.finetune(folder / "helper", seed, pairs, "regression_pixels", way)
     prior = LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed)))
     data = plan.training_pairs(pairs)
     seeds = range(1_000_000 * seed, 1_000_000 * seed + max(plan.pairs - pairs, pairs))
-    return write_pairs(file, synthesise_pairs(prior, data, seeds, reverse, SAMPLING))
+    return write_pairs(file, synthesise_pairs(prior, data, seeds, helper, SAMPLING))
 
 
 def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, **given: Any) -> Restored:

@@ -1,13 +1,15 @@
 """Paired synthesis (arXiv 2509.09130, fig. 3): pairs of input and target of a downstream task, generated.
 
-The target is drawn from stage 2. The input follows from it by physics where there are any: a low dose is the same
-expectation with fewer counts, two tracers in one scan are the sum of either. Elsewhere it is learned the wrong way
-round: a *reverse* model, trained on a few real pairs (``PairedTask(reverse=True)``), returns the most likely input of a
-target; in *separation* it returns the second tracer of the first. Counting noise is added as strong as that of real
-pairs; it is measured on them without knowing their expectation.
+One of the two is drawn from stage 2, the other follows from it by physics where there are any: a low dose is the same
+expectation with fewer counts, two tracers in one scan are the sum of either. Elsewhere it is learned, by a *helper*
+that is trained on a few real pairs. In *attenuation* and *conversion* the target is drawn, and the helper, trained the
+wrong way round (``PairedTask(reverse=True)``), returns the most likely input; in *separation* it returns the second
+tracer of the first. In *delayed* the input is drawn, for stage 2 knows scans at the usual time alone, and the helper is
+trained the right way round. Counting noise is added as strong as that of real pairs; it is measured on them without
+knowing their expectation.
 
-What is generated knows no more than stage 2 and those few pairs do: an input that a reverse model returns is the most
-likely one, without the variety of real inputs.
+What is generated knows no more than stage 2 and those few pairs do: what a helper returns is the most likely, without
+the variety of the real; in *delayed* it is the helper's own answer that is learned from.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import torch
 from torch import Tensor
 
 from allpet.conditions import Condition, reverse_pairs
-from allpet.geometry import ParallelBeam
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS, PairedBatch
@@ -29,7 +30,9 @@ from allpet.systems.prior_restoration import noise_variance
 from allpet.systems.sampling import Sampling, add_counting_noise
 
 PHYSICS = ("low_dose",)
-"""Tasks whose inputs need no reverse model."""
+"""Tasks that need no helper."""
+FORWARD = ("delayed",)
+"""Tasks whose input is drawn, and whose helper is trained the right way round."""
 FIRST_ID = 1 << 40
 """Sample and patient ids of generated pairs begin here: no real one has these."""
 
@@ -41,28 +44,28 @@ class NoiseLevels(NamedTuple):
     input: float
 
 
-def measure_noise(pairs: PairedBatch, geometry: ParallelBeam, reverse: PairedSystem | None = None) -> NoiseLevels:
+def measure_noise(pairs: PairedBatch, helper: PairedSystem | None = None) -> NoiseLevels:
     """Return medians over real pairs.
 
-    Targets, and the sums that *separation* is given, are judged by the range conditions; the input of a low dose has
-    the target's level over the dose; any other input is judged by what the reverse model leaves of it.
+    What is corrected for attenuation is judged by the sums of its views (``noise_variance``); the input of a low dose
+    has the target's level over the dose; one that is not corrected is judged by what the helper leaves of it, so that
+    the helper's error counts as noise, too.
 
     Args:
         pairs: real ones, of one task.
-        geometry: of their sinograms.
-        reverse: see ``synthesise_pairs``.
+        helper: see ``synthesise_pairs``.
 
     Raises:
-        ValueError: if the task needs a reverse model and has none.
+        ValueError: if the task needs a helper and has none.
     """
-    task = _task(pairs, reverse)
-    target = float(noise_variance(pairs.noisy.flatten(0, 1)[:, None], geometry).median())
+    task = _task(pairs, helper)
+    target = float(noise_variance(pairs.noisy.flatten(0, 1)[:, None]).median())
     if task in PHYSICS:
         return NoiseLevels(target, target)
-    if task == "separation":
-        return NoiseLevels(target, float(noise_variance(pairs.input, geometry).median()))
-    assert reverse is not None
-    learned = _reversed(reverse, pairs, pairs.sample_id.tolist())
+    if task != "attenuation":
+        return NoiseLevels(target, float(noise_variance(pairs.input).median()))
+    assert helper is not None
+    learned = _reversed(helper, pairs, pairs.sample_id.tolist())
     left = (pairs.input - learned).square().sum((1, 2, 3)) / learned.sum((1, 2, 3)).clamp_min(1e-9)
     return NoiseLevels(target, float(left.median()))
 
@@ -72,29 +75,28 @@ def synthesise_pairs(
     prior: LatentDiffusion,
     real: PairedBatch,
     seeds: Sequence[int],
-    reverse: PairedSystem | None = None,
+    helper: PairedSystem | None = None,
     sampling: Sampling | None = None,
 ) -> PairedBatch:
     """Generate pairs.
 
     Args:
-        prior: the stage 2 that targets are drawn from.
+        prior: the stage 2 that targets, or inputs of ``FORWARD``, are drawn from.
         real: pairs of the task that prompts, doses, delays, shares and the strength of noise are taken from, in turn.
         seeds: one per generated pair.
-        reverse: trained on reversed real pairs; not needed for tasks in ``PHYSICS``.
+        helper: trained on reversed real pairs, or for tasks in ``FORWARD`` on real pairs as they are; not needed for
+            those in ``PHYSICS``.
         sampling: of the prior; None takes its own.
 
     Returns:
         as many pairs, without images.
 
     Raises:
-        ValueError: if the task needs a reverse model and has none.
+        ValueError: if the task needs a helper and has none.
         RuntimeError: if the geometry of the prior is not known.
     """
-    task = _task(real, reverse)
-    if prior.geometry is None:
-        raise RuntimeError("The training geometry of stage 2 is unknown: load it with from_pretrained.")
-    levels = measure_noise(real, prior.geometry, reverse)
+    task = _task(real, helper)
+    levels = measure_noise(real, helper)
     rows = torch.arange(len(seeds)) % len(real.input)
     ids = FIRST_ID + torch.tensor(list(seeds), dtype=torch.int64)
     fields = ("task", "target_tracer", "delay_min", "dose", "share")
@@ -108,40 +110,43 @@ def synthesise_pairs(
         patient_id=ids,
     )
     share = asked.share[:, :1, None, None]
-    wanted = Prompt(asked.target_tracer[:, 0], asked.prompt.region)
-    target = prior.sample(wanted, seeds, sampling).sinogram.float().cpu().clamp_min(0) * share
-    noisy = _counted(target, torch.full((len(seeds),), levels.target), seeds, "first")
-    asked = asked._replace(input=target, expected=target, noisy=noisy)
+    wanted = asked.prompt if task in FORWARD else Prompt(asked.target_tracer[:, 0], asked.prompt.region)
+    drawn = prior.sample(wanted, seeds, sampling).sinogram.float().cpu().clamp_min(0) * share
+    first, other = (torch.full((len(seeds),), level) for level in levels)
+    if task in FORWARD:
+        assert helper is not None
+        given = _counted(drawn, other, seeds, "input")
+        later = helper.restore(given, Condition.of_pairs(asked), seeds).mean.float().cpu().clamp_min(0)
+        return asked._replace(input=given, expected=later, noisy=_counted(later, first, seeds, "first"))
+    noisy = _counted(drawn, first, seeds, "first")
+    asked = asked._replace(input=drawn, expected=drawn, noisy=noisy)
     if task == "low_dose":
-        return asked._replace(input=_counted(target, levels.input / asked.dose, seeds, "input"))
-    assert reverse is not None
-    strength = torch.full((len(seeds),), levels.input)
+        return asked._replace(input=_counted(drawn, other / asked.dose, seeds, "input"))
+    assert helper is not None
     if task == "separation":
-        # The reverse model reads the first target alone; there is no second one yet.
-        both = asked._replace(noisy=noisy.expand(-1, 2, -1, -1), expected=target.expand(-1, 2, -1, -1))
-        second = _reversed(reverse, both, seeds)
-        expected = torch.cat([target, second], dim=1)
-        other = _counted(second, torch.full((len(seeds),), levels.target), seeds, "second")
-        given = _counted(expected.sum(1, keepdim=True), strength, seeds, "input")
-        return asked._replace(input=given, expected=expected, noisy=torch.cat([noisy, other], dim=1))
-    learned = _reversed(reverse, asked, seeds)
-    return asked._replace(input=_counted(learned, strength, seeds, "input"))
+        # The helper reads the first target alone; there is no second one yet.
+        both = asked._replace(noisy=noisy.expand(-1, 2, -1, -1), expected=drawn.expand(-1, 2, -1, -1))
+        second = _reversed(helper, both, seeds)
+        expected = torch.cat([drawn, second], dim=1)
+        given = _counted(expected.sum(1, keepdim=True), other, seeds, "input")
+        counted = _counted(second, first, seeds, "second")
+        return asked._replace(input=given, expected=expected, noisy=torch.cat([noisy, counted], dim=1))
+    learned = _reversed(helper, asked, seeds)
+    return asked._replace(input=_counted(learned, other, seeds, "input"))
 
 
-def _task(pairs: PairedBatch, reverse: PairedSystem | None) -> str:
+def _task(pairs: PairedBatch, helper: PairedSystem | None) -> str:
     task = TASKS[int(pairs.task[0])]
-    if task not in PHYSICS and reverse is None:
-        raise ValueError(
-            f"No physics make the input of {task} from its target: give a reverse model, trained on pairs of "
-            "PairedTask(reverse=True)."
-        )
+    if task not in PHYSICS and helper is None:
+        how = "on pairs as they are" if task in FORWARD else "on pairs of PairedTask(reverse=True)"
+        raise ValueError(f"No physics make the pairs of {task}: give a helper, trained {how}.")
     return task
 
 
-def _reversed(reverse: PairedSystem, pairs: PairedBatch, seeds: Sequence[int]) -> Tensor:
-    """Return what the reverse model makes of targets, ``(batch, 1, views, bins)``."""
+def _reversed(helper: PairedSystem, pairs: PairedBatch, seeds: Sequence[int]) -> Tensor:
+    """Return what the helper makes of targets, ``(batch, 1, views, bins)``."""
     turned = reverse_pairs(pairs)
-    return reverse.restore(turned.input, Condition.of_pairs(turned), seeds).mean.float().cpu().clamp_min(0)
+    return helper.restore(turned.input, Condition.of_pairs(turned), seeds).mean.float().cpu().clamp_min(0)
 
 
 def _counted(expected: Tensor, level: Tensor, seeds: Sequence[int], purpose: str) -> Tensor:

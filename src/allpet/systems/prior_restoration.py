@@ -6,10 +6,12 @@ which time of the diffusion it belongs: there sigma / alpha = s, and alpha z is 
 returns the mean of all clean latents that fit (Tweedie); more calls follow the probability flow down to one of them, as
 SDEdit does (Meng et al., arXiv 2108.01073), but from a time that is measured instead of chosen.
 
-How much noise there is follows from the range conditions: in every view the moment m_n(theta) of a sinogram without
-noise is a trigonometric polynomial of degree n (Helgason 1965, Ludwig 1966), so what is left of the first moments after
-its best fit is noise alone. Noise is taken for independent between bins, with a variance in proportion to the activity,
-and for white in the latents; neither is exact, for attenuation and randoms make it uneven and the encoder colours it.
+How much noise there is follows from the simplest of the range conditions: without noise, the sums of all views are the
+same (Helgason 1965, Ludwig 1966), so what they vary by is noise, however attenuation spreads it over the bins. (Higher
+moments weight the rim, where attenuation leaves less of it: with four of them 74 % of the noise of simulated scans is
+found, with the sums 99 %.) Noise is taken for independent between bins, and where it is added again, for in proportion
+to the activity and white in the latents; neither is exact, for attenuation and randoms make it uneven and the encoder
+colours it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from allpet import symmetry
 from allpet.attention import TransparentMedicalAttention
 from allpet.batches import unmasked_stack
 from allpet.conditions import Condition, RestorationBatch
-from allpet.geometry import ParallelBeam
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.pixel_space import PixelSpace
 from allpet.projector import Radon
@@ -37,39 +38,24 @@ from allpet.systems.knowledge import Knowledge, TaskKnowledge
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.paired import PairedSampling, Restored, nothing_attends
 
-ORDERS = 4
-"""Moments that the noise is measured by."""
 ONE_CALL = PairedSampling(nfe=1)
 _TRIALS = 4  # noise realisations that are encoded to see what noise does to a latent
 _SMOOTH_BINS = 4.0  # full width at half maximum of the Gaussian over the activity that the variance goes with
 
 
-def noise_variance(sinogram: Tensor, geometry: ParallelBeam, orders: int = ORDERS) -> Tensor:
-    """Return the variance of the noise per unit of activity, ``(batch,)``, in the sinogram's units.
-
-    The variance of m_n in a view is sum_s s^2n var(s); with var = c p it is c sum_s s^2n p. The estimate is the mean
-    over the orders of what is left of m_n over that, corrected for the n + 1 parameters of the fit.
+def noise_variance(sinogram: Tensor) -> Tensor:
+    """Return the variance of the noise of all bins over their activity, ``(batch,)``, in the sinogram's units.
 
     Args:
         sinogram: corrected for attenuation, ``(batch, 1, views, bins)``.
-        geometry: of the sinogram.
-        orders: number of moments, from 0 on.
 
     Raises:
         ValueError: if there are too few views to tell noise from signal.
     """
-    if orders < 1 or geometry.n_views <= orders:
-        raise ValueError(f"{orders} moments need at least one, and more than {orders} views; got {geometry.n_views}.")
-    s = (geometry.bin_centers / geometry.bin_centers.abs().max()).to(sinogram).double()
-    cos, sin = geometry.angles.cos(), geometry.angles.sin()
-    p, found = sinogram[:, 0].double(), []
-    for n in range(orders):
-        moment = (p * s**n).sum(-1)
-        basis = torch.linalg.qr(torch.stack([cos**k * sin ** (n - k) for k in range(n + 1)], dim=1).double()).Q.to(p)
-        left = moment - (moment @ basis) @ basis.T
-        variance = left.square().sum(1) / (geometry.n_views - n - 1)
-        found.append(variance / (p * s ** (2 * n)).sum(-1).mean(1).clamp_min(1e-12))
-    return torch.stack(found).mean(0).to(sinogram)
+    if sinogram.shape[-2] < 2:
+        raise ValueError(f"Noise is what the sums of views vary by, but there is only {sinogram.shape[-2]} view.")
+    sums = sinogram[:, 0].double().sum(-1)
+    return (sums.var(1) / sums.mean(1).clamp_min(1e-12)).to(sinogram)
 
 
 class PriorRestoration(LightningModule):
@@ -206,7 +192,7 @@ class PriorRestoration(LightningModule):
             latent: theirs.
             seeds: one per input.
         """
-        level = noise_variance(given, self.geometry)[:, None, None, None]
+        level = noise_variance(given)[:, None, None, None]
         smooth = symmetry.blur(given, self.geometry, _SMOOTH_BINS * self.geometry.bin_mm).clamp_min(0)
         square = torch.zeros(len(given), device=given.device)
         for trial in range(_TRIALS):
