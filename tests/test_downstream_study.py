@@ -23,10 +23,11 @@ from allpet.simulation.tissues import LABELS
 from allpet.systems.paired import PairedSampling
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from studies import downstream, downstream_report
+from studies import downstream, downstream_plan, downstream_report
 from studies.downstream_plan import Plan
 from studies.downstream_scores import HeldOut, calibration, interval
 from studies.rows import Outcome, run_rows
+from studies.training import Budget
 
 from data_modules.paired_set import write_pairs
 
@@ -237,6 +238,48 @@ def test_rows_know_by_which_recipe_they_were_trained():
     assert trained["regression_synthetic"] == trained["regression"] != trained["bridge"]
     assert (trained["regression_longer"], trained["bridge_longer"]) == (trained["regression"], trained["bridge"])
     assert len({trained[name] for name in ("bridge", "multi_task", *downstream.OVERLAYS)}) == 7
+
+
+def test_trainings_of_other_settings_are_refused(tmp_path, monkeypatch):
+    """Stages and the bridge of all tasks are shared by studies, and found by folders that do not say all of them."""
+    began = []
+
+    def finish(folder: Path, about: Any) -> None:
+        began.append(about)
+        (folder / "001" / "pretrained").mkdir(parents=True)
+        for name, text in (("run.json", "{}"), ("pretrained/config.json", "{}")):
+            (folder / "001" / name).write_text(text)
+
+    monkeypatch.setattr(downstream_plan, "train", lambda recipe, budget, folder, cache: finish(folder / "ldm", budget))
+    monkeypatch.setattr(
+        downstream_plan,
+        "allpet",
+        lambda words: finish(Path(next(word for word in words if "run.root" in word).partition("=")[2]), words),
+    )
+    monkeypatch.setattr(downstream_plan, "load", lambda folder: folder)
+
+    def plan(vae: int = 10, **given: Any) -> Plan:
+        return Plan("low_dose", stages=Budget(vae, 20), output=tmp_path, **given)
+
+    stage2 = plan().stage2(0)
+    assert plan().stage2(0) == stage2
+    assert began == [Budget(10, 20)], "trained once"
+    for other in (plan(vae=11), plan(slices=17)):
+        with pytest.raises(
+            ValueError, match=r"was trained with another (vae|slices): remove it to train"
+        ):
+            other.stage2(0)
+    shared = tmp_path / "multi_task"
+    for _ in range(2):
+        assert plan().finetune(shared, 0, 50, task="multi_task", steps=30) == shared
+    assert len(began) == 2
+    with pytest.raises(ValueError, match="multi_task was trained with another steps"):
+        plan().finetune(shared, 0, 50, task="multi_task", steps=31)
+    with pytest.raises(ValueError, match="multi_task was trained with another files, options, pairs, steps"):
+        plan().finetune(shared, 0, 51, more=["--model.initialise=false"])
+    (tmp_path / "silent" / "001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="silent was trained with another files, "):
+        plan().finetune(tmp_path / "silent", 0, 50)
 
 
 def test_untrained_rows_run_and_are_reported(tmp_path, held_out):

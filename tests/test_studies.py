@@ -74,9 +74,11 @@ def test_rows_there_was_no_time_for_are_listed(tmp_path):
 def test_rows_of_another_study_are_refused(tmp_path):
     calls: list[str] = []
     run_rows(rows(calls), tmp_path)
-    changed = [Row("a", {"n": 200}, counting(calls, "a"))]
+    done = len(calls)
+    changed = [Row("new", {"n": 200}, counting(calls, "new")), Row("a", {"n": 200}, counting(calls, "a"))]
     with pytest.raises(ValueError, match="was measured with another n: remove"):
         run_rows(changed, tmp_path)
+    assert len(calls) == done, "nothing runs before"
     with pytest.raises(ValueError, match="the same key"):
         run_rows([*rows(calls), *rows(calls)], tmp_path)
 

@@ -15,6 +15,7 @@ import yaml
 
 from allpet import ParallelBeam, Radon
 from allpet.cli import main as allpet
+from allpet.io.atomic import replacing
 from allpet.pretrained import pretrained_class
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
@@ -122,11 +123,17 @@ class Plan:
         """Return the folder of a seed's stages 1 and 2, trained if they are not there."""
         folder = self.output / "downstream_stages" / f"{Path(self.scale).stem}-seed{seed}"
         recipe = Recipe(self.slices, seed, prompts=ALL_PROMPTS, scale=self.scale)
+        keep_settings(folder, self._stage_settings)
         try:
             newest_pretrained(folder / "ldm")
         except FileNotFoundError:
             train(recipe, self.stages, folder, self.cache)
         return folder / "ldm"
+
+    @property
+    def _stage_settings(self) -> dict[str, Any]:
+        files = [HERE / "defaults.yaml", HERE / "vae.yaml", HERE / "ldm.yaml", scale_file(self.scale)]
+        return {"vae": self.stages.vae, "ldm": self.stages.ldm, "slices": self.slices, "stage files": _digest(files)}
 
     def _files(self, overlay: str | None, task: str | None) -> list[Path]:
         files = [HERE / f"{name}.yaml" for name in ("defaults", "finetune/bridge", f"finetune/{task or self.task}")]
@@ -139,8 +146,7 @@ class Plan:
             overlay: see ``finetune``, as the next.
             task: see there.
         """
-        said = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in self._files(overlay, task)]
-        return hashlib.blake2b(json.dumps(said).encode(), digest_size=4).hexdigest()
+        return _digest(self._files(overlay, task))
 
     def finetune(
         self,
@@ -162,8 +168,14 @@ class Plan:
             more: words of the command line, for what is varied.
             task: file of experiments/finetune; None for the plan's task.
             steps: None for the plan's.
+
+        Raises:
+            ValueError: if what is there, in this folder or of stages 1 and 2, was trained with other settings.
         """
         stage2, steps, files = self.stage2(seed), steps or self.steps, self._files(overlay, task)
+        options = [word for word in more if not word.startswith("--data.generated=")]  # in the folder's name
+        about = {"pairs": pairs, "steps": steps, "options": options, "files": _digest(files)}
+        keep_settings(folder, about | self._stage_settings)
         words = ["fit", *(word for file in files for word in ("-c", str(file)))]
         words += [
             f"--run.root={folder}",
@@ -184,6 +196,38 @@ class Plan:
         except FileNotFoundError:
             allpet(words)
         return load(folder)
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a training in a folder is made with, or compare it with what it was made with.
+
+    Trainings are shared by rows and studies, and found by the names of their folders, which do not say all of it.
+
+    Args:
+        folder: of the training, made if it is not there.
+        settings: what a result depends on and neither the folder's name nor the data say.
+
+    Raises:
+        ValueError: if the folder holds a training with other settings, or one that does not say with which.
+    """
+    file = folder / "settings.json"
+    if file.exists() or (folder.exists() and any(folder.iterdir())):
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        changed = sorted(name for name, value in settings.items() if kept.get(name) != value)
+        if changed:
+            raise ValueError(
+                f"{folder} was trained with another {', '.join(changed)}: remove it to train anew, or give the study "
+                "another --output."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as part:
+        part.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _digest(files: Sequence[Path]) -> str:
+    said = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=4).hexdigest()
 
 
 def load(folder: Path) -> PairedSystem:

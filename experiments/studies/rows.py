@@ -71,6 +71,7 @@ def run_rows(
     """
     if len({row.key for row in rows}) != len(rows):
         raise ValueError("Two rows of the study have the same key.")
+    collect(rows, folder)  # a study that has changed is refused before anything runs
     began = time.monotonic()
     for row in rows:
         path = _path(folder, row)
