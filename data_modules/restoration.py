@@ -148,6 +148,9 @@ class SinogramsToRestore(LightningDataModule):
                 "are assumed, the model's: check that they are, or the results are wrong."
             )
         self.geometry = system.geometry
+        if system.knowledge is not None:
+            for doubt in system.knowledge.doubts(self._condition(self._prompts)):
+                rank_zero_info(f"WARN  {self.folder}: {doubt}.")
         self.gain = self._choose_gain(system)
         if self.roi_box is not None:
             self.roi = roi_box(system.geometry, self.roi_box[:2], self.roi_box[2:])
@@ -296,6 +299,13 @@ class SinogramsToRestore(LightningDataModule):
             return None
         ours = level(values).tolist()
         theirs = [known.level_of(prompt) for prompt in self._prompts]
+        strange = sorted({prompt for prompt in self._prompts if prompt not in known.levels and OPEN not in prompt})
+        if strange:
+            rank_zero_info(
+                f"WARN  {self.folder}: the model does not know how strong scans of {', '.join(strange)} are, so the "
+                "level of all that it was trained on stands in, which may be off by a factor of three: give the gain "
+                "with --data.gain, 1 for values in SUV x mm."
+            )
         ratios = [wanted / found for wanted, found in zip(theirs, ours, strict=True) if wanted and found > 0]
         return statistics.median(ratios) if ratios else None
 

@@ -265,9 +265,7 @@ def test_trainings_of_other_settings_are_refused(tmp_path, monkeypatch):
     assert plan().stage2(0) == stage2
     assert began == [Budget(10, 20)], "trained once"
     for other in (plan(vae=11), plan(slices=17)):
-        with pytest.raises(
-            ValueError, match=r"was trained with another (vae|slices): remove it to train"
-        ):
+        with pytest.raises(ValueError, match=r"was trained with another (vae|slices): remove it to train"):
             other.stage2(0)
     shared = tmp_path / "multi_task"
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -31,10 +32,11 @@ from allpet import (
     roi_box,
 )
 from allpet.cli import main
-from allpet.conditions import LABEL_SIZE
+from allpet.conditions import LABEL_SIZE, Condition
 from allpet.io import Scan, read_scan, write_scan
 from allpet.metrics import standard_image
 from allpet.orientations import Orientations
+from allpet.prompts import count_prompts
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.simulation.tissues import LABELS
@@ -374,6 +376,53 @@ def test_what_a_model_never_learned_is_refused_before_anything_is_restored(tmp_p
         ready(folder, system, task="attenuation")
     system.sampling = BridgeSampling(nfe=1, samples=8, data_consistency=2)
     ready(folder, system)  # samples of what is fitted differ
+
+
+def test_what_no_training_pair_showed_is_doubted(tmp_path, caplog, model):
+    caplog.set_level(logging.INFO)
+    system = taught(pairs_of(["FDG:abdomen", "FDG:brain"]))
+    folder = written(tmp_path / "x", pairs_of(["FDG:abdomen"]).arrays["input"][:2])
+    ready(folder, system, tracer="FDG", region="abdomen", gain=1.0)
+    assert "no training pair" not in caplog.text
+    assert "training pairs had" not in caplog.text
+    ready(folder, system, tracer="PSMA", region="pelvis", gain=1.0)
+    assert "no training pair shows PSMA:pelvis, so results of it mean little; there are FDG:abdomen, FDG:brain." in (
+        caplog.text
+    )
+    assert "does not know how strong" not in caplog.text, "where the gain is given"
+    ready(folder, system, tracer="PSMA", region="pelvis")
+    assert "the model does not know how strong scans of PSMA:pelvis are, so the level of all" in caplog.text
+    caplog.clear()
+    ready(folder, system, tracer="FDG")  # left open: not doubted, but told
+    assert "no training pair" not in caplog.text
+
+    # in Python, too; and what is exported knows the same
+    asked = Condition.of("low_dose", ["FDG:trunk"], dose=0.3)
+    sentences = ["no training pair shows FDG:trunk", "dose is 0.3, but training pairs had 0.1 to 0.1"]
+    found = system.knowledge.doubts(asked)
+    assert [one.startswith(two) for one, two in zip(found, sentences, strict=True)] == [True, True]
+    assert Knowledge.from_dict(json.loads(json.dumps(system.knowledge.to_dict()))) == system.knowledge
+    given = torch.rand(1, 1, *GEOMETRY.sinogram_shape)
+    with pytest.warns(UserWarning, match="no training pair shows FDG:trunk"):
+        system.restore(given, asked, [0], BridgeSampling(nfe=1))
+    late = Knowledge({"delayed": TaskKnowledge(delay_min=(30.0, 120.0))})
+    assert not late.doubts(Condition.of("delayed", ["FDG:abdomen"], delay_min=60.0))
+    assert late.doubts(Condition.of("delayed", ["FDG:abdomen"], delay_min=600.0)) == [
+        "delay_min is 600, but training pairs had 30 to 120"
+    ]
+    before = Knowledge.from_dict({"low_dose": {"targets": [], "levels": {}}})  # as exports of before say
+    assert not before.doubts(asked)
+
+
+def test_stage_2_alone_doubts_what_it_never_saw():
+    small = {"layers_per_block": 1, "attention": (False, True), "head_channels": 8}
+    stage2 = LatentDiffusion(Autoencoder((8, 16)), Denoiser(4, 0, (8, 16), **small))
+    stage2.geometry, stage2._aside.levels = GEOMETRY, {"open:open": 40.0}
+    method = PriorRestoration(stage2)
+    assert not method.knowledge.doubts(Condition.of("low_dose", ["PSMA:pelvis"], dose=0.1)), "it does not say"
+    stage2._aside.prompts = count_prompts(Prompt.of(["FDG:brain", "FDG:abdomen"]))
+    for prompt, doubts in (("FDG:brain", 0), ("FDG:trunk", 0), ("open:brain", 0), ("FDG:pelvis", 1)):
+        assert len(method.knowledge.doubts(Condition.of("low_dose", [prompt], dose=0.1))) == doubts, prompt
 
 
 def test_draws_follow_file_and_slice_wherever_they_stand(folder):

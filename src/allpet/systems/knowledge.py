@@ -1,4 +1,4 @@
-"""What a model of downstream tasks has learned: which tasks, which targets, and how strong its inputs were.
+"""What a model of downstream tasks has learned: which tasks and targets, of which scans, and how strong these were.
 
 It is noted when training starts and exported with the model, so that whoever uses it is told what it never learned, and
 scans in unknown units can be brought to its own.
@@ -49,17 +49,22 @@ class Seen(NamedTuple):
         prompt: tracer and region of the inputs.
         target_tracer: index into ``TRACERS``, ``(batch, targets)``.
         level: of the inputs, ``(batch,)``.
+        dose: share of the normal dose, ``(batch,)``.
+        delay_min: minutes from input to target, ``(batch,)``.
     """
 
     task: Tensor
     prompt: Prompt
     target_tracer: Tensor
     level: Tensor
+    dose: Tensor
+    delay_min: Tensor
 
     @classmethod
     def of(cls, batch: PairedBatch) -> Seen:
         """Note a batch."""
-        return cls(batch.task, batch.prompt, batch.target_tracer, level(batch.input[:, 0]))
+        strength = level(batch.input[:, 0])
+        return cls(batch.task, batch.prompt, batch.target_tracer, strength, batch.dose, batch.delay_min)
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,16 @@ class TaskKnowledge:
         targets: tracers of the targets.
         levels: median ``level`` of the inputs of each prompt, tracer:region, that ``ENOUGH`` slices answer; of
             open:open, of all.
+        prompts: of the inputs; none where they are not known, as of models of before they were noted.
+        dose: smallest and largest share of the normal dose; None where it is not known.
+        delay_min: shortest and longest time from input to target; None where it is not known.
     """
 
     targets: tuple[str, ...] = ()
     levels: dict[str, float] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    dose: tuple[float, float] | None = None
+    delay_min: tuple[float, float] | None = None
 
     def level_of(self, prompt: str) -> float | None:
         """Return the level of a prompt's inputs, or where it is unknown that of all; None where that is, too."""
@@ -89,17 +100,22 @@ class Knowledge:
     @classmethod
     def of(cls, seen: Sequence[Seen]) -> Knowledge:
         """Put together what was noted of the training pairs, or of enough of them."""
-        task, strength, tracer, region = (
-            torch.cat(parts).cpu() for parts in zip(*((one.task, one.level, *one.prompt) for one in seen), strict=True)
-        )
+        each = ((one.task, one.level, one.dose, one.delay_min, *one.prompt) for one in seen)
+        task, strength, dose, delay, tracer, region = (torch.cat(parts).cpu() for parts in zip(*each, strict=True))
         tasks = {}
         for number in task.unique().tolist():
             targets = sorted(
                 {index for one in seen for index in one.target_tracer[one.task == number].flatten().tolist()}
             )
             chosen = task == number
-            levels = levels_of(Prompt(tracer[chosen], region[chosen]), strength[chosen])
-            tasks[TASKS[number]] = TaskKnowledge(tuple(TRACERS[index] for index in targets), levels)
+            prompt = Prompt(tracer[chosen], region[chosen])
+            tasks[TASKS[number]] = TaskKnowledge(
+                tuple(TRACERS[index] for index in targets),
+                levels_of(prompt, strength[chosen]),
+                tuple(sorted(set(prompt.names()))),
+                _range(dose[chosen]),
+                _range(delay[chosen]),
+            )
         return cls(tasks)
 
     def check(self, condition: Condition) -> None:
@@ -125,6 +141,27 @@ class Knowledge:
                     "ask for what it knows, or use a model that was trained for it (MODEL=, --model.folder)."
                 )
 
+    def doubts(self, condition: Condition) -> list[str]:
+        """Return a sentence for each prompt, dose or delay that no training pair of its task had.
+
+        Args:
+            condition: what is asked for; halves of prompts may be open.
+        """
+        found: dict[str, None] = {}
+        each = zip(condition.task, condition.dose, condition.delay_min, condition.prompt.names(), strict=True)
+        for number, dose, delay, name in each:
+            task = TASKS[int(number)]
+            known = self.tasks.get(task, TaskKnowledge())
+            if known.prompts and not any(_answers(name, one) for one in known.prompts):
+                there = ", ".join(known.prompts)
+                found[f"no training pair shows {name}, so results of it mean little; there are {there}"] = None
+            asked = {"low_dose": ("dose", dose, known.dose), "delayed": ("delay_min", delay, known.delay_min)}
+            what, value, between = asked.get(task, ("", 0.0, None))
+            if between is not None and not 0.99 * between[0] <= value <= 1.01 * between[1]:
+                low, high = between
+                found[f"{what} is {float(value):g}, but training pairs had {low:g} to {high:g}"] = None
+        return list(found)
+
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-able; ``from_dict`` is the inverse."""
         return {name: asdict(known) for name, known in self.tasks.items()}
@@ -132,11 +169,21 @@ class Knowledge:
     @classmethod
     def from_dict(cls, said: Mapping[str, Any]) -> Knowledge:
         """Return what ``to_dict`` gave."""
-        tasks = {
-            name: TaskKnowledge(tuple(known["targets"]), {key: float(value) for key, value in known["levels"].items()})
-            for name, known in said.items()
-        }
+        tasks = {}
+        for name, known in said.items():
+            levels = {key: float(value) for key, value in known["levels"].items()}
+            dose, delay = (known.get(key) and tuple(map(float, known[key])) for key in ("dose", "delay_min"))
+            tasks[name] = TaskKnowledge(tuple(known["targets"]), levels, tuple(known.get("prompts", ())), dose, delay)
         return cls(tasks)
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    return float(f"{float(values.min()):.4g}"), float(f"{float(values.max()):.4g}")
+
+
+def _answers(asked: str, known: str) -> bool:
+    """Say whether a prompt is another but for what it leaves open."""
+    return all(one in (OPEN, other) for one, other in zip(asked.split(":"), known.split(":"), strict=True))
 
 
 def levels_of(prompt: Prompt, strength: Tensor) -> dict[str, float]:

@@ -143,6 +143,11 @@ class LatentDiffusion(LatentSystem):
         return self._aside.levels
 
     @property
+    def prompt_counts(self) -> Tensor | None:
+        """How many training slices each prompt had (``prompts.count_prompts``); None where that is not known."""
+        return self._aside.prompts
+
+    @property
     def linear(self) -> LinearDenoiser | None:
         """The fitted linear denoiser, on this module's device."""
         return None if self._aside.linear is None else self._aside.linear.to(self.device)

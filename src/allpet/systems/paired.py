@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -441,7 +442,8 @@ class PairedSystem(LatentSystem):
         """Restore a batch; sample i of a slice depends on its identity, i, and whether there are several alone."""
         if isinstance(batch, RestorationBatch):
             seeds = batch.seed.tolist()
-            return self.restore(batch.input, batch.condition, seeds, None, batch.n_targets, roi=batch.roi)
+            self.check(batch.condition, None, batch.n_targets)  # the data have told what is doubtful
+            return self._restored(batch.input, batch.condition, seeds, self.sampling, batch.n_targets, roi=batch.roi)
         return self._restore_pairs(batch, self.sampling)
 
     @torch.no_grad()
@@ -456,7 +458,7 @@ class PairedSystem(LatentSystem):
         roi: Tensor | None = None,
         attention_strength: float | None = None,
     ) -> Restored:
-        """Turn given sinograms into wanted ones.
+        """Turn given sinograms into wanted ones; warn of prompts, doses and delays that training never showed.
 
         Args:
             given: ``(batch, 1, views, bins)`` in the data set's units.
@@ -478,6 +480,8 @@ class PairedSystem(LatentSystem):
         if attention_strength is not None:
             sampling = replace(sampling, attention_strength=attention_strength)
         self.check(condition, sampling, n_targets)
+        for doubt in [] if self.knowledge is None else self.knowledge.doubts(condition):
+            warnings.warn(doubt, stacklevel=2)
         return self._restored(given, condition, seeds, sampling, n_targets, progress, roi)
 
     def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:

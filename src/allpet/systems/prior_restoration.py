@@ -31,7 +31,7 @@ from allpet.conditions import Condition, RestorationBatch
 from allpet.models.autoencoder import Autoencoder
 from allpet.models.pixel_space import PixelSpace
 from allpet.projector import Radon
-from allpet.prompts import Prompt
+from allpet.prompts import REGIONS, TRACERS, Prompt, unseen
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
 from allpet.systems.knowledge import Knowledge, TaskKnowledge
@@ -90,8 +90,12 @@ class PriorRestoration(LightningModule):
     @property
     def knowledge(self) -> Knowledge | None:
         """How strong the slices were that stage 2 was trained on; None where it does not say."""
-        levels = self.model.levels
-        return None if levels is None else Knowledge({"low_dose": TaskKnowledge((), levels)})
+        levels, counts = self.model.levels, self.model.prompt_counts
+        if levels is None:
+            return None
+        every = [f"{tracer}:{region}" for tracer in TRACERS[1:] for region in REGIONS[1:]]
+        shown = [] if counts is None else [name for name in every if not unseen(Prompt.of([name]), counts)]
+        return Knowledge({"low_dose": TaskKnowledge((), levels, tuple(shown))})
 
     @property
     def input_ratio(self) -> Tensor:
