@@ -265,8 +265,9 @@ def main(words: Sequence[str] | None = None) -> Path:
     for method in options.methods:
         system = finetune(method, options, given, data.data_hash, start)
         for nfe in METHODS[method]:
-            results[method] = restore(system, trial.pairs, nfe)
-            rows.append({"method": method, "nfe": nfe, **trial.score(results[method])})
+            name = method if len(METHODS[method]) == 1 else f"{method}, nfe {nfe}"
+            results[name] = restore(system, trial.pairs, nfe)
+            rows.append({"method": method, "nfe": nfe, **trial.score(results[name])})
     rows.append({"method": "target", "nfe": 0, **trial.score(trial.pairs.expected)})
 
     said = statement(data)
