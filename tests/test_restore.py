@@ -386,8 +386,9 @@ def test_what_no_training_pair_showed_is_doubted(tmp_path, caplog, model):
     assert "no training pair" not in caplog.text
     assert "training pairs had" not in caplog.text
     ready(folder, system, tracer="PSMA", region="pelvis", gain=1.0)
-    assert "no training pair shows PSMA:pelvis, so results of it mean little; there are FDG:abdomen, FDG:brain." in (
-        caplog.text
+    assert (
+        "no training pair was said to show PSMA:pelvis, so results of it mean little; there are FDG:abdomen, FDG:brain."
+        in (caplog.text)
     )
     assert "does not know how strong" not in caplog.text, "where the gain is given"
     ready(folder, system, tracer="PSMA", region="pelvis")
@@ -398,12 +399,12 @@ def test_what_no_training_pair_showed_is_doubted(tmp_path, caplog, model):
 
     # in Python, too; and what is exported knows the same
     asked = Condition.of("low_dose", ["FDG:trunk"], dose=0.3)
-    sentences = ["no training pair shows FDG:trunk", "dose is 0.3, but training pairs had 0.1 to 0.1"]
+    sentences = ["no training pair was said to show FDG:trunk", "dose is 0.3, but training pairs had 0.1 to 0.1"]
     found = system.knowledge.doubts(asked)
     assert [one.startswith(two) for one, two in zip(found, sentences, strict=True)] == [True, True]
     assert Knowledge.from_dict(json.loads(json.dumps(system.knowledge.to_dict()))) == system.knowledge
     given = torch.rand(1, 1, *GEOMETRY.sinogram_shape)
-    with pytest.warns(UserWarning, match="no training pair shows FDG:trunk"):
+    with pytest.warns(UserWarning, match="no training pair was said to show FDG:trunk"):
         system.restore(given, asked, [0], BridgeSampling(nfe=1))
     late = Knowledge({"delayed": TaskKnowledge(delay_min=(30.0, 120.0))})
     assert not late.doubts(Condition.of("delayed", ["FDG:abdomen"], delay_min=60.0))

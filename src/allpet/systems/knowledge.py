@@ -154,7 +154,9 @@ class Knowledge:
             known = self.tasks.get(task, TaskKnowledge())
             if known.prompts and not any(_answers(name, one) for one in known.prompts):
                 there = ", ".join(known.prompts)
-                found[f"no training pair shows {name}, so results of it mean little; there are {there}"] = None
+                found[f"no training pair was said to show {name}, so results of it mean little; there are {there}"] = (
+                    None
+                )
             asked = {"low_dose": ("dose", dose, known.dose), "delayed": ("delay_min", delay, known.delay_min)}
             what, value, between = asked.get(task, ("", 0.0, None))
             if between is not None and not 0.99 * between[0] <= value <= 1.01 * between[1]:
