@@ -41,7 +41,7 @@ class RestorationWriter(Callback):
     In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
     one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
     both domains, ``attention.png`` where the model attends or a ROI was given: the ROI, or the areas of the input that
-    the network was shown, and those of results that were fitted. The files keep what their inputs say
+    the network was shown, and those of what it drew that the fit attended to. The files keep what their inputs say
     (table, geometry, units, provenance), say that a model has processed them and what has to be said of its task
     (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a slice
     follow one another. The column ``tracer`` is that of the result; where it is another than the input's, or one of

@@ -299,7 +299,7 @@ class SinogramsToRestore(LightningDataModule):
             return None
         ours = level(values).tolist()
         theirs = [known.level_of(prompt) for prompt in self._prompts]
-        strange = sorted({prompt for prompt in self._prompts if prompt not in known.levels and OPEN not in prompt})
+        strange = sorted({prompt for prompt in self._prompts if known.lacks_level(prompt)})
         if strange:
             rank_zero_info(
                 f"WARN  {self.folder}: the model does not know how strong scans of {', '.join(strange)} are, so the "

@@ -276,8 +276,8 @@ def test_trainings_of_other_settings_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multi_task was trained with another files, options, pairs, steps"):
         plan().finetune(shared, 0, 51, more=["--model.initialise=false"])
     (tmp_path / "silent" / "001").mkdir(parents=True)
-    with pytest.raises(ValueError, match="silent was trained with another files, "):
-        plan().finetune(tmp_path / "silent", 0, 50)
+    with pytest.raises(ValueError, match="silent holds a training that does not say with which settings: remove it"):
+        plan(vae=11).finetune(tmp_path / "silent", 0, 50)  # before stages 1 and 2 are looked at
 
 
 def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
@@ -296,7 +296,7 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     assert [path.name for path in written] == ["page.png"]
     assert written[0].stat().st_size > 10_000
     generated = row("regression_synthetic")
-    write_pairs(downstream.generated_file(plan.folder / generated["row"]), held_out.pairs)
+    write_pairs(downstream.generated_file(plan, generated["pairs"], plan.folder / generated["row"]), held_out.pairs)
     generated["lines"][0]["calibration"] = calibration(torch.rand(3, 1, 1, 4, 4), torch.rand(1, 1, 4, 4))
     more = Outcome([*outcome.done, generated], [], 0.0)
     written = downstream_report.draw(plan, more, tmp_path / "page.png")
@@ -344,7 +344,8 @@ def test_rows_of_several_orientations_need_a_model_that_says_how_pairs_were_turn
     facts = {row.key: row.facts for row in downstream.rows(Plan(task="delayed"))}
     assert facts["bridge-n500-seed0"]["several"] == "turned"
     assert "several" not in facts["regression-n50-seed0"]
-    assert facts["regression_synthetic-n50-seed0"]["guidance"] == downstream.SAMPLING.guidance
+    synthetic = facts["regression_synthetic-n50-seed0"]
+    assert (synthetic["guidance"], synthetic["generated"]) == (downstream.SAMPLING.guidance, 450)
 
 
 def _plan(folder: Path, held_out: HeldOut) -> Plan:

@@ -443,6 +443,22 @@ def test_what_was_never_learned_is_refused_also_by_what_is_exported(data, tmp_pa
     assert old.restore(given, Condition.of("attenuation", ["FDG:abdomen"]), [0]).mean.isfinite().all()
 
 
+def test_of_many_pairs_some_from_all_over_are_measured(data, tmp_path, monkeypatch):
+    """Those of one patient stand together, generated ones come last, and in a mix tasks take turns."""
+    whole = fitted(tmp_path / "all", data)
+    monkeypatch.setattr("allpet.systems.paired._MEASURED", 6)
+    asked_for, real = [], type(data.train_set).__getitem__
+    monkeypatch.setattr(
+        type(data.train_set), "__getitem__", lambda self, index: asked_for.append(index) or real(self, index)
+    )
+    some = fitted(tmp_path / "some", data)
+    measured = next(index for index in asked_for if len(index) == 6)
+    assert measured == sorted(set(measured)) != list(range(6))
+    assert max(measured) >= len(data.train_set) // 2
+    assert not torch.equal(some.moments, whole.moments)
+    torch.testing.assert_close(some.moments[:1], whole.moments[:1], rtol=0.5, atol=0.5)
+
+
 def test_what_a_run_is_scored_on_may_be_more_than_it_has_learned(data, tmp_path):
     system, other = fitted(tmp_path, data), TinyPairs("separation")
     other.setup()
@@ -635,6 +651,7 @@ def test_a_strength_is_refused_where_nothing_attends(data):
             system.restore(given, asked(1), [0], replace(sampling, attention_strength=2.0))
         with pytest.raises(ValueError, match="attention_strength is 0, but nothing attends"):
             system.restore(given, asked(1), [0], sampling, attention_strength=0.0)
+        system.restore(given, asked(1), [0], replace(sampling, attention_strength=1.0))  # as files of before say
     system = attending("loss")  # attends where it fits
     assert system.restore(given, asked(1), [0], replace(fitted, attention_strength=2.0)).areas is not None
 

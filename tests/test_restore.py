@@ -383,11 +383,11 @@ def test_what_no_training_pair_showed_is_doubted(tmp_path, caplog, model):
     system = taught(pairs_of(["FDG:abdomen", "FDG:brain"]))
     folder = written(tmp_path / "x", pairs_of(["FDG:abdomen"]).arrays["input"][:2])
     ready(folder, system, tracer="FDG", region="abdomen", gain=1.0)
-    assert "no training pair" not in caplog.text
+    assert "nothing in training" not in caplog.text
     assert "training pairs had" not in caplog.text
     ready(folder, system, tracer="PSMA", region="pelvis", gain=1.0)
     assert (
-        "no training pair was said to show PSMA:pelvis, so results of it mean little; there are FDG:abdomen, FDG:brain."
+        "nothing in training was said to show PSMA:pelvis, so results mean little; there are FDG:abdomen, FDG:brain."
         in (caplog.text)
     )
     assert "does not know how strong" not in caplog.text, "where the gain is given"
@@ -395,22 +395,27 @@ def test_what_no_training_pair_showed_is_doubted(tmp_path, caplog, model):
     assert "the model does not know how strong scans of PSMA:pelvis are, so the level of all" in caplog.text
     caplog.clear()
     ready(folder, system, tracer="FDG")  # left open: not doubted, but told
-    assert "no training pair" not in caplog.text
+    assert "nothing in training" not in caplog.text
 
     # in Python, too; and what is exported knows the same
     asked = Condition.of("low_dose", ["FDG:trunk"], dose=0.3)
-    sentences = ["no training pair was said to show FDG:trunk", "dose is 0.3, but training pairs had 0.1 to 0.1"]
+    sentences = ["nothing in training was said to show FDG:trunk", "dose is 0.3, but training pairs had 0.1 to 0.1"]
     found = system.knowledge.doubts(asked)
     assert [one.startswith(two) for one, two in zip(found, sentences, strict=True)] == [True, True]
     assert Knowledge.from_dict(json.loads(json.dumps(system.knowledge.to_dict()))) == system.knowledge
     given = torch.rand(1, 1, *GEOMETRY.sinogram_shape)
-    with pytest.warns(UserWarning, match="no training pair was said to show FDG:trunk"):
+    with pytest.warns(UserWarning, match="nothing in training was said to show FDG:trunk"):
         system.restore(given, asked, [0], BridgeSampling(nfe=1))
     late = Knowledge({"delayed": TaskKnowledge(delay_min=(30.0, 120.0))})
     assert not late.doubts(Condition.of("delayed", ["FDG:abdomen"], delay_min=60.0))
     assert late.doubts(Condition.of("delayed", ["FDG:abdomen"], delay_min=600.0)) == [
         "delay_min is 600, but training pairs had 30 to 120"
     ]
+    own = Knowledge({"low_dose": TaskKnowledge((), {"open:open": 9.0, "FDG:open": 8.0}, ("FDG:open",))})
+    assert not own.doubts(Condition.of("low_dose", ["FDG:brain"], dose=0.1)), "pairs did not say their region"
+    assert own.doubts(Condition.of("low_dose", ["PSMA:brain"], dose=0.1))
+    lacks = [own.tasks["low_dose"].lacks_level(name) for name in ("FDG:brain", "PSMA:brain", "PSMA:open", "FDG:open")]
+    assert lacks == [False, True, False, False]
     before = Knowledge.from_dict({"low_dose": {"targets": [], "levels": {}}})  # as exports of before say
     assert not before.doubts(asked)
 
@@ -424,6 +429,9 @@ def test_stage_2_alone_doubts_what_it_never_saw():
     stage2._aside.prompts = count_prompts(Prompt.of(["FDG:brain", "FDG:abdomen"]))
     for prompt, doubts in (("FDG:brain", 0), ("FDG:trunk", 0), ("open:brain", 0), ("FDG:pelvis", 1)):
         assert len(method.knowledge.doubts(Condition.of("low_dose", [prompt], dose=0.1))) == doubts, prompt
+    given = torch.rand(1, 1, *GEOMETRY.sinogram_shape)
+    with pytest.warns(UserWarning, match="nothing in training was said to show FDG:pelvis"):
+        method.restore(given, Condition.of("low_dose", ["FDG:pelvis"], dose=0.1), [0])
 
 
 def test_draws_follow_file_and_slice_wherever_they_stand(folder):

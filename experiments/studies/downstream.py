@@ -96,7 +96,7 @@ def rows(plan: Plan) -> list[Row]:
         if method in SEVERAL and pairs == plan.pairs:
             facts["several"] = "turned"  # rows of before have no such lines
         if method == "regression_synthetic":
-            facts["guidance"] = SAMPLING.guidance
+            facts |= {"guidance": SAMPLING.guidance, "generated": _generated(plan, pairs), "noise": "of view sums"}
         if method in UNTRAINED:
             facts["told"] = "training pairs" if method == "identity" else "each slice"
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
@@ -219,14 +219,18 @@ def _train(plan: Plan, method: str, pairs: int, seed: int, folder: Path) -> Pair
     return plan.finetune(run, seed, pairs, more=[word.format(channels=plan.latent_channels) for word in more])
 
 
-def generated_file(folder: Path) -> Path:
-    """Return where a row keeps its generated pairs: by what they are guided with, as they are used again."""
-    return folder / f"generated-guided-{SAMPLING.guidance:g}.safetensors"
+def generated_file(plan: Plan, pairs: int, folder: Path) -> Path:
+    """Return where a row keeps its generated pairs: by number and guidance, as they are used again."""
+    return folder / f"generated-{_generated(plan, pairs)}-guided-{SAMPLING.guidance:g}.safetensors"
+
+
+def _generated(plan: Plan, pairs: int) -> int:
+    return max(plan.pairs - pairs, pairs)
 
 
 def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
     """Generate pairs that bring few real ones to the study's number, and return their file; keep it if it is there."""
-    file = generated_file(folder)
+    file = generated_file(plan, pairs, folder)
     if file.exists():
         return file
     helper = None
@@ -235,7 +239,7 @@ def synthesise(plan: Plan, pairs: int, seed: int, folder: Path) -> Path:
         helper = plan.finetune(folder / "helper", seed, pairs, "regression_pixels", way)
     prior = LatentDiffusion.from_pretrained(newest_pretrained(plan.stage2(seed)))
     data = plan.training_pairs(pairs)
-    seeds = range(1_000_000 * seed, 1_000_000 * seed + max(plan.pairs - pairs, pairs))
+    seeds = range(1_000_000 * seed, 1_000_000 * seed + _generated(plan, pairs))
     return write_pairs(file, synthesise_pairs(prior, data, seeds, helper, SAMPLING))
 
 

@@ -172,10 +172,11 @@ class Plan:
         Raises:
             ValueError: if what is there, in this folder or of stages 1 and 2, was trained with other settings.
         """
-        stage2, steps, files = self.stage2(seed), steps or self.steps, self._files(overlay, task)
+        steps, files = steps or self.steps, self._files(overlay, task)
         options = [word for word in more if not word.startswith("--data.generated=")]  # in the folder's name
         about = {"pairs": pairs, "steps": steps, "options": options, "files": _digest(files)}
         keep_settings(folder, about | self._stage_settings)
+        stage2 = self.stage2(seed)
         words = ["fit", *(word for file in files for word in ("-c", str(file)))]
         words += [
             f"--run.root={folder}",
@@ -211,14 +212,14 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
         ValueError: if the folder holds a training with other settings, or one that does not say with which.
     """
     file = folder / "settings.json"
-    if file.exists() or (folder.exists() and any(folder.iterdir())):
-        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    what_to_do = "remove it to train anew, or give the study another --output."
+    if not file.exists() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds a training that does not say with which settings: {what_to_do}")
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
         changed = sorted(name for name, value in settings.items() if kept.get(name) != value)
         if changed:
-            raise ValueError(
-                f"{folder} was trained with another {', '.join(changed)}: remove it to train anew, or give the study "
-                "another --output."
-            )
+            raise ValueError(f"{folder} was trained with another {', '.join(changed)}: {what_to_do}")
         return
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(file) as part:

@@ -527,7 +527,7 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
                     kept[title + f"\n+ {updates} updates" * bool(updates)] = pictures[label].float()
     written = [save_figure(_page(plan, kept), path)]
     rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
-    generated = [generated_file(plan.folder / row["row"]) for row in rows]
+    generated = [generated_file(plan, row["pairs"], plan.folder / row["row"]) for row in rows]
     if generated and generated[0].exists():
         pairs = read_pairs(generated[0], plan.task, plan.data.geometry)
         written.append(save_figure(_generated(plan, pairs), path.with_name(f"{path.stem}_pairs.png")))

@@ -90,6 +90,11 @@ class TaskKnowledge:
         """Return the level of a prompt's inputs, or where it is unknown that of all; None where that is, too."""
         return self.levels.get(prompt, self.levels.get(_ALL))
 
+    def lacks_level(self, prompt: str) -> bool:
+        """Say whether a whole prompt's level is unknown, though those of others are known by their names."""
+        hidden = any(OPEN in one and _may_be(prompt, one) for one in self.prompts)
+        return OPEN not in prompt and prompt not in self.levels and len(self.levels) > 1 and not hidden
+
 
 @dataclass(frozen=True)
 class Knowledge:
@@ -152,11 +157,9 @@ class Knowledge:
         for number, dose, delay, name in each:
             task = TASKS[int(number)]
             known = self.tasks.get(task, TaskKnowledge())
-            if known.prompts and not any(_answers(name, one) for one in known.prompts):
-                there = ", ".join(known.prompts)
-                found[f"no training pair was said to show {name}, so results of it mean little; there are {there}"] = (
-                    None
-                )
+            if known.prompts and not any(_may_be(name, one) for one in known.prompts):
+                there = ", ".join(known.prompts) + ", the first of two tracers" * (task == "separation")
+                found[f"nothing in training was said to show {name}, so results mean little; there are {there}"] = None
             asked = {"low_dose": ("dose", dose, known.dose), "delayed": ("delay_min", delay, known.delay_min)}
             what, value, between = asked.get(task, ("", 0.0, None))
             if between is not None and not 0.99 * between[0] <= value <= 1.01 * between[1]:
@@ -183,9 +186,10 @@ def _range(values: Tensor) -> tuple[float, float]:
     return float(f"{float(values.min()):.4g}"), float(f"{float(values.max()):.4g}")
 
 
-def _answers(asked: str, known: str) -> bool:
-    """Say whether a prompt is another but for what it leaves open."""
-    return all(one in (OPEN, other) for one, other in zip(asked.split(":"), known.split(":"), strict=True))
+def _may_be(asked: str, known: str) -> bool:
+    """Say whether two prompts are the same but for what either leaves open."""
+    halves = zip(asked.split(":"), known.split(":"), strict=True)
+    return all(one == other or OPEN in (one, other) for one, other in halves)
 
 
 def levels_of(prompt: Prompt, strength: Tensor) -> dict[str, float]:

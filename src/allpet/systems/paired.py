@@ -94,7 +94,7 @@ class PairedSampling:
         samples: how many to draw for each input; their mean and standard deviation are returned.
         batch_size: latents per network call, and slices that are fitted at once.
         attention_strength: how strongly a model that attends, or the fit where a ROI is given, does so, see
-            ``TransparentMedicalAttention``; None for 1. Where nothing attends, it must be None.
+            ``TransparentMedicalAttention``; None for 1. Where nothing attends, another number is refused.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
             stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
@@ -383,7 +383,7 @@ class PairedSystem(LatentSystem):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measure the moments of the training pairs' latents, in a fixed order, so that a resumed run has the same.
+        """Measure the moments of the training pairs' latents, the same each time, so that a resumed run has the same.
 
         What the pairs are, and how they will be turned, is noted, too.
         """
@@ -395,7 +395,9 @@ class PairedSystem(LatentSystem):
         views, bins = pairs[[0]].input.shape[-2:]
         channels, rows, columns = self.autoencoder.latent_shape(views, bins)
         count = min(len(pairs), _MEASURED, max(_MEASURED_VALUES // (channels * rows * columns), 1))
-        pieces = [list(range(count))[start : start + size] for start in range(0, count, size)]
+        # from all over: pairs of one patient, or generated ones, stand together, and tasks take turns
+        some = torch.randperm(len(pairs), generator=keyed_generator("measured"))[:count].sort().values.tolist()
+        pieces = [some[start : start + size] for start in range(0, count, size)]
         sums = torch.zeros(2, len(TASKS), dtype=torch.float64)
         seen = []
         for piece in pieces:
@@ -481,7 +483,7 @@ class PairedSystem(LatentSystem):
             sampling = replace(sampling, attention_strength=attention_strength)
         self.check(condition, sampling, n_targets)
         for doubt in [] if self.knowledge is None else self.knowledge.doubts(condition):
-            warnings.warn(doubt, stacklevel=2)
+            warnings.warn(doubt, stacklevel=3)  # beyond no_grad
         return self._restored(given, condition, seeds, sampling, n_targets, progress, roi)
 
     def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:
@@ -686,7 +688,7 @@ class PairedSystem(LatentSystem):
                 "(experiments/finetune/methods/attention.yaml)."
             )
         looks = roi is not None or attends or (self.attention_use is not None and fits)
-        if sampling.attention_strength is not None and not looks:
+        if sampling.attention_strength not in (None, 1.0) and not looks:  # 1 is what files of before say unasked
             raise ValueError(nothing_attends(sampling.strength))
 
     def _restore_pairs(self, batch: PairedBatch, sampling: PairedSampling) -> Restored:

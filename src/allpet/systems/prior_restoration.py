@@ -16,7 +16,9 @@ colours it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ class PriorRestoration(LightningModule):
 
     def predict_step(self, batch: RestorationBatch, batch_idx: int) -> Restored:
         """Restore a user's scans."""
-        return self.restore(batch.input, batch.condition, batch.seed.tolist(), None, batch.n_targets, roi=batch.roi)
+        self.check(batch.condition, None, batch.n_targets)  # the data have told what is doubtful
+        return self._restored(batch.input, batch.condition, batch.seed.tolist(), self.sampling, batch.roi)
 
     @torch.no_grad()
     def restore(
@@ -134,7 +137,7 @@ class PriorRestoration(LightningModule):
         roi: Tensor | None = None,
         attention_strength: float | None = None,
     ) -> Restored:
-        """Take the noise out of low-dose sinograms.
+        """Take the noise out of low-dose sinograms; warn of prompts that training never showed.
 
         Args:
             given: ``(batch, 1, views, bins)`` in the units of stage 2's data, corrected for attenuation.
@@ -151,14 +154,28 @@ class PriorRestoration(LightningModule):
         """
         self.check(condition, sampling, n_targets)
         sampling = sampling or self.sampling
+        if attention_strength is not None:
+            sampling = replace(sampling, attention_strength=attention_strength)
+        for doubt in [] if self.knowledge is None else self.knowledge.doubts(condition):
+            warnings.warn(doubt, stacklevel=3)  # beyond no_grad
+        return self._restored(given, condition, seeds, sampling, roi)
+
+    @torch.no_grad()
+    def _restored(
+        self,
+        given: Tensor,
+        condition: Condition,
+        seeds: Sequence[int],
+        sampling: PairedSampling,
+        roi: Tensor | None,
+    ) -> Restored:
         if roi is not None and not sampling.data_consistency:
             raise ValueError(
                 "Stage 2 alone heeds a region of interest in the fit to the input: leave it out, or fit "
                 "(data_consistency)."
             )
-        strength = sampling.attention_strength if attention_strength is None else attention_strength
-        if strength is not None and roi is None:
-            raise ValueError(nothing_attends(strength))
+        if sampling.attention_strength not in (None, 1.0) and roi is None:
+            raise ValueError(nothing_attends(sampling.strength))
         model, shape = self.model, self.geometry.sinogram_shape
         given = given.to(model.device)
         prompt = Prompt(*(index.to(model.device) for index in condition.prompt))
@@ -182,7 +199,7 @@ class PriorRestoration(LightningModule):
         areas, emphasis = None, None
         if (attention := self.attention_to(roi)) is not None:
             areas = attention.areas(given, roi)
-            emphasis = attention.emphasise(areas, 1.0 if strength is None else strength)
+            emphasis = attention.emphasise(areas, sampling.strength)
         fitted = sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds, emphasis)
         return Restored.of(fitted, areas)
 
