@@ -187,5 +187,7 @@ def test_what_does_not_fit_is_refused(attention):
             attention(given, roi)
     with pytest.raises(ValueError, match="must not be negative"):
         attention(given, strength=-1.0)
+    with pytest.raises(ValueError, match=r"strength is -1\.0, but must not be negative"):
+        attention.emphasise(attention.areas(given), -1.0)
     with pytest.raises(ValueError, match="What is attended to has shape"):
         attention(torch.zeros(1, 1, 8, 8))

@@ -662,7 +662,7 @@ def test_the_fit_of_any_model_heeds_a_roi_and_that_of_one_that_attends_its_areas
     for system in (awake(make()).eval(), attending("loss")):
         system.geometry = GEOMETRY
         start = system.restore(given, asked(2), [3, 4], BridgeSampling(nfe=1)).mean
-        for region, strength in ((None, None), (roi(5, 6), 1.0), (roi(5, 6), 2.0), (roi(9, 8), 0.0)):
+        for region, strength in ((None, None), (None, 1.0), (roi(5, 6), 1.0), (roi(5, 6), 2.0), (roi(9, 8), 0.0)):
             restored = system.restore(given, asked(2), [3, 4], sampling, roi=region, attention_strength=strength)
             result, attention = restored.mean, torch.ones(2, 1, 16, 16)
             if region is not None:

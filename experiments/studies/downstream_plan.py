@@ -213,14 +213,14 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     file = folder / "settings.json"
     what_to_do = "remove it to train anew, or give the study another --output."
-    if not file.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds a training that does not say with which settings: {what_to_do}")
     if file.exists():
         kept = json.loads(file.read_text(encoding="utf-8"))
         changed = sorted(name for name, value in settings.items() if kept.get(name) != value)
         if changed:
             raise ValueError(f"{folder} was trained with another {', '.join(changed)}: {what_to_do}")
         return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds a training that does not say with which settings: {what_to_do}")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(file) as part:
         part.write_text(json.dumps(settings, indent=1), encoding="utf-8")

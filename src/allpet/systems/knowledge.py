@@ -7,6 +7,7 @@ scans in unknown units can be brought to its own.
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -180,6 +181,12 @@ class Knowledge:
             dose, delay = (known.get(key) and tuple(map(float, known[key])) for key in ("dose", "delay_min"))
             tasks[name] = TaskKnowledge(tuple(known["targets"]), levels, tuple(known.get("prompts", ())), dose, delay)
         return cls(tasks)
+
+
+def warn_of_doubts(knowledge: Knowledge | None, condition: Condition) -> None:
+    """Warn whoever called the caller, a method under ``torch.no_grad``, of all ``Knowledge.doubts``."""
+    for doubt in [] if knowledge is None else knowledge.doubts(condition):
+        warnings.warn(doubt, stacklevel=4)
 
 
 def _range(values: Tensor) -> tuple[float, float]:

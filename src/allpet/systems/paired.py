@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import MEASURING, TASKS, PairedBatch
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
-from allpet.systems.knowledge import Knowledge, Seen
+from allpet.systems.knowledge import Knowledge, Seen, warn_of_doubts
 from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
@@ -482,8 +481,7 @@ class PairedSystem(LatentSystem):
         if attention_strength is not None:
             sampling = replace(sampling, attention_strength=attention_strength)
         self.check(condition, sampling, n_targets)
-        for doubt in [] if self.knowledge is None else self.knowledge.doubts(condition):
-            warnings.warn(doubt, stacklevel=3)  # beyond no_grad
+        warn_of_doubts(self.knowledge, condition)
         return self._restored(given, condition, seeds, sampling, n_targets, progress, roi)
 
     def check(self, condition: Condition, sampling: PairedSampling | None = None, n_targets: int = 1) -> None:

@@ -16,7 +16,6 @@ colours it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from allpet.projector import Radon
 from allpet.prompts import REGIONS, TRACERS, Prompt, unseen
 from allpet.randomness import keyed_generator
 from allpet.simulation.tasks import TASKS
-from allpet.systems.knowledge import Knowledge, TaskKnowledge
+from allpet.systems.knowledge import Knowledge, TaskKnowledge, warn_of_doubts
 from allpet.systems.latent_diffusion import LatentDiffusion
 from allpet.systems.paired import PairedSampling, Restored, nothing_attends
 
@@ -156,8 +155,7 @@ class PriorRestoration(LightningModule):
         sampling = sampling or self.sampling
         if attention_strength is not None:
             sampling = replace(sampling, attention_strength=attention_strength)
-        for doubt in [] if self.knowledge is None else self.knowledge.doubts(condition):
-            warnings.warn(doubt, stacklevel=3)  # beyond no_grad
+        warn_of_doubts(self.knowledge, condition)
         return self._restored(given, condition, seeds, sampling, roi)
 
     @torch.no_grad()
