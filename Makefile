@@ -51,12 +51,14 @@ SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) $(PROMPT_ARGS)
 PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
+# whole scans, as those without attenuation correction are, bear twice the updates of experiments/restore.yaml
+FITTING = $(or $(UPDATES),$(if $(filter attenuation,$(TASK)),32))
 RESTORE_MODEL = $(if $(filter prior,$(METHOD)),--model allpet.PriorRestoration.from_pretrained \
 	--model.folder "$(or $(MODEL),outputs/ldm)",--model.folder "$(or $(MODEL),outputs/finetune/$(TASK))")
 RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
 	$(if $(BOX),--data.roi_box '[$(BOX)]') $(if $(LABEL),--data.roi_label '[$(LABEL)]') \
 	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) \
-	$(if $(UPDATES),--model.sampling.data_consistency $(UPDATES)) $(if $(SEED),--data.seed $(SEED))
+	$(if $(FITTING),--model.sampling.data_consistency $(FITTING)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
 # every target that is listed
@@ -133,8 +135,8 @@ restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA=
 	@test -n "$(TASK)" -a -n "$(DATA)" || \
 		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
 	@test -z "$(METHOD)" -o "$(METHOD)" = prior || { echo "METHOD is prior (stage 2 alone), or nothing."; exit 1; }
-	@test -z "$(UPDATES)" -o "$(TASK)" = low_dose -o "$(TASK)" = separation || \
-		{ echo "UPDATES fit results to their input, which measures them in low_dose and separation alone: leave it out."; exit 1; }
+	@test -z "$(UPDATES)" -o -n "$(filter low_dose attenuation separation,$(TASK))" || \
+		{ echo "UPDATES fit results to their input, which measures them in low_dose, attenuation and separation alone: leave it out."; exit 1; }
 	$(BIN)/allpet predict -c experiments/restore.yaml $(RESTORE_MODEL) --data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)

@@ -33,19 +33,21 @@ NOTES = {
     "conversion": "hypothetical: how the other tracer might look, never quantitative",
 }
 """What has to be said wherever results of a task are shown, see ``allpet.simulation.tasks``."""
+_FOUND = {"image": "attenuation found, 1/mm", "sinogram": "its factors"}
 
 
 class RestorationWriter(Callback):
     """Write what ``allpet predict`` restores, one HDF5 file for each file that was read, under the same names.
 
     In the run's folder: ``sinograms/`` (mean over samples), ``images/`` (their reconstructions), and where more than
-    one sample was drawn ``sinograms_std/`` and ``images_std/``; ``gallery.png`` with input, result and deviation in
-    both domains, ``attention.png`` where the model attends or a ROI was given: the ROI, or the areas of the input that
-    the network was shown, and those of what it drew that the fit attended to. The files keep what their inputs say
-    (table, geometry, units, provenance), say that a model has processed them and what has to be said of its task
-    (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a slice
-    follow one another. The column ``tracer`` is that of the result; where it is another than the input's, or one of
-    two, ``input_tracer`` says what was given.
+    one sample was drawn ``sinograms_std/`` and ``images_std/``; where an input without attenuation correction was
+    fitted ``attenuation/``, what the fit found of it, 1/mm; ``gallery.png`` with input, result, deviation and that
+    attenuation in both domains, ``attention.png`` where the model attends or a ROI was given: the ROI, or the areas of
+    the input that the network was shown, and those of what it drew that the fit attended to. The files keep what their
+    inputs say (table, geometry, units, provenance), say that a model has processed them and what has to be said of its
+    task (``NOTES``), and can be read and exported as any other (``allpet-data export``). Of two targets, those of a
+    slice follow one another. The column ``tracer`` is that of the result; where it is another than the input's, or one
+    of two, ``input_tracer`` says what was given.
 
     Args:
         image: how images are reconstructed, those of the samples, too, whose deviation is written: "osem", as all are
@@ -144,6 +146,8 @@ class RestorationWriter(Callback):
         if len(samples) > 1:
             images = torch.stack([self._reconstruct(radon, sample) for sample in samples])
             parts |= {"sinograms_std": std, "images_std": images.std(0)}
+        if restored.attenuation is not None:
+            parts["attenuation"] = restored.attenuation
         return {name: values.cpu() for name, values in parts.items()}
 
     def _reconstruct(self, radon: Radon, sinogram: Tensor) -> Tensor:
@@ -164,6 +168,8 @@ class RestorationWriter(Callback):
         name, number = batch.origin[i]
         parts = {part: values[i] for part, values in results.items()}
         parts |= {"input": given.cpu(), "input image": self._reconstruct(radon, given[None])[0].cpu()}
+        if "attenuation" in parts:
+            parts["attenuation factor"] = torch.exp(-radon.project(parts["attenuation"][None]))[0]
         roi = None if batch.roi is None else batch.roi[i].cpu()
         if (attention := system.attention_to(roi)) is not None:
             quick = attention.quick_image(given[None])[0, 0]
@@ -189,8 +195,7 @@ class RestorationWriter(Callback):
         place = self._place(self._name)
         ways = 1 if isinstance(system, PriorRestoration) else system.ways(system.sampling)
         for part, values in self._rows.items():
-            mean = not part.endswith("_std")
-            what = "mean" if mean else "standard deviation"
+            what = "standard deviation" if part.endswith("_std") else "mean"
             provenance = {
                 "input": self._name,
                 "input_provenance": dict(source.provenance),
@@ -213,8 +218,8 @@ class RestorationWriter(Callback):
                 kind="sinogram" if part.startswith("sinograms") else "image",
                 geometry=system.geometry if part.startswith("sinograms") else None,
                 pixel_mm=None if part.startswith("sinograms") or system.geometry is None else system.geometry.pixel_mm,
-                units=source.units if part.startswith("sinograms") else f"{source.units or 'input units'} / mm",
-                state=_state(source, task),
+                units=_units(source, part),
+                state=() if part == "attenuation" else _state(source, task),
                 table=table,
                 provenance=json.loads(json.dumps(provenance, default=str)),
                 notes=(),
@@ -238,8 +243,8 @@ def restoration_gallery(
 
     Args:
         shown: title, parts (``input``, ``sinograms`` ``(targets, views, bins)``, ``sinograms_std``, ``input image``,
-            ``images``, ``images_std``, and of a model that attends ``sinogram attended`` and ``image attended`` with
-            three colours last), region.
+            ``images``, ``images_std``, ``attenuation`` and ``attenuation factor`` where it was found, and of a model
+            that attends ``sinogram attended`` and ``image attended`` with three colours last), region.
         count: how many slices were restored, of which these are the first.
         task: whose results they are; what has to be said of them stands above.
 
@@ -257,6 +262,9 @@ def restoration_gallery(
             if deviations is not None:
                 widest = top(deviations)
                 row += [Tile(one, (0, widest), f"std, to {widest:.3g}") for one in deviations]
+            if "attenuation" in parts:
+                found = parts["attenuation" if domain == "image" else "attenuation factor"][0]
+                row.append(Tile(found, (0, top(found)), f"{_FOUND[domain]}, to {top(found):.3g}"))
             if f"{domain} attended" in parts:
                 row.append(Tile(parts[f"{domain} attended"], (0, 1), "attended to"))
             rows.append(row)
@@ -272,7 +280,7 @@ def restoration_gallery(
 def _used(sampling: PairedSampling, batch: RestorationBatch) -> PairedSampling:
     """Return what of a sampling came into play: where the input does not measure the targets, nothing is fitted."""
     if sampling.fitted(batch.condition.task[:1], batch.n_targets):
-        return sampling
+        return replace(sampling, neighbourhood_mm=sampling.width(_task(batch) == "attenuation"))
     return replace(sampling, data_consistency=0, neighbourhood_mm=0.0)
 
 
@@ -283,6 +291,13 @@ def _task(batch: RestorationBatch) -> str:
 def _each(reconstruct: Any, sinograms: Tensor) -> Tensor:
     """Reconstruct ``(batch, targets, views, bins)``."""
     return reconstruct(sinograms.flatten(0, 1)[:, None])[:, 0].unflatten(0, sinograms.shape[:2])
+
+
+def _units(source: Scan, part: str) -> str:
+    """Return the unit of what is written."""
+    if part == "attenuation":
+        return "1/mm"
+    return source.units if part.startswith("sinograms") else f"{source.units or 'input units'} / mm"
 
 
 def _state(source: Scan, task: str) -> tuple[str, ...]:

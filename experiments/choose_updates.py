@@ -46,7 +46,7 @@ def measure(plan: Plan, seed: int, patients: int) -> list[dict[str, Any]]:
         ways = [(0, 0.0), *((number, width) for width in NEIGHBOURHOODS for number in NUMBERS)]
         for number, width in ways:
             sampling = BridgeSampling(nfe=1, data_consistency=number, neighbourhood_mm=width)
-            fitted = sampling.fit(drawn[None], pairs.input, condition.task, data.geometry, seeds)[0]
+            fitted = sampling.fit(drawn[None], pairs.input, condition.task, data.geometry, seeds).samples[0]
             scores = held_out.score(fitted).numbers
             facts = {"reduction": reduction, "neighbourhood_mm": width, "updates": number}
             shown = {name + "_%" * (times > 1): times * float(scores[name]) for name, times in SHOWN.items()}

@@ -303,9 +303,11 @@ def test_two_targets_share_what_was_measured_as_they_share_the_activity() -> Non
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     radon, good = Radon(LAPTOP), torch.ones(2, 1, 64, 80)
-    for result, measured, updates in ((good, good, 0), (good, good[:1], 1), (good, good[..., 1:], 1)):
-        with pytest.raises(ValueError, match=r"expected at least 1, \(batch, targets, \*"):
-            consistency.fit_measured(result, measured, radon, updates)
+    for result, measured in ((good, good[:1]), (good, good[..., 1:]), (good[..., 1:], good[..., 1:])):
+        with pytest.raises(ValueError, match=r"The shapes are .*; expected \(batch, targets, \*"):
+            consistency.fit_measured(result, measured, radon, 1)
+    with pytest.raises(ValueError, match=r"updates is 0, but must be at least 1"):
+        consistency.fit_measured(good, good, radon, 0)
     with pytest.raises(ValueError, match=r"neighbourhood_mm is -1\.0, but must be finite and not negative"):
         consistency.fit_measured(good, good, radon, 1, neighbourhood_mm=-1.0)
 

@@ -146,6 +146,8 @@ def test_make_lists_every_target():
             ["restore", "TASK=low_dose", "DATA=a", "UPDATES=0"],
             "--model.sampling.data_consistency 0",
         ),
+        (["restore", "TASK=attenuation", "DATA=a"], "--model.sampling.data_consistency 32"),
+        (["restore", "TASK=attenuation", "DATA=a", "UPDATES=8"], "--model.sampling.data_consistency 8"),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
         (["gpu-check", "PYTHON=/opt/python"], "/opt/python experiments/benchmarks/gpu_check.py"),

@@ -31,6 +31,7 @@ from allpet import (
     Radon,
     symmetry,
 )
+from allpet.attenuation import fit_uncorrected
 from allpet.conditions import LABEL_SIZE
 from allpet.consistency import fit_measured
 from allpet.metrics import moment_residuals, psnr
@@ -381,18 +382,37 @@ def test_results_are_fitted_to_what_their_input_measures_and_to_nothing_else(nam
     assert (after[0] - before[0]).norm() > 0.01 * before[0].norm()
 
 
+def test_without_attenuation_correction_results_are_fitted_to_the_input_as_it_is(data, tmp_path):
+    """To what attenuation leaves of them, whose scale is not that of the targets."""
+    system = awake(fitted(tmp_path, data))
+    system.knowledge, radon = None, Radon(GEOMETRY)
+    system.input_ratio.fill_(0.5)
+    given = data.train_set[[0, 1, 2]].input
+    tasks = [TASKS.index(name) for name in ("attenuation", "low_dose", "attenuation")]
+    condition = asked(3)._replace(task=torch.tensor(tasks))
+    before = system.restore(given, condition, [3, 4, 5], system.sampling)
+    after = system.restore(given, condition, [3, 4, 5], replace(system.sampling, data_consistency=2))
+    assert before.attenuation is None
+    wanted, found = fit_uncorrected(before.mean[[0, 2]], given[[0, 2]], radon, 2)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(wanted.max())}
+    torch.testing.assert_close(after.mean[[0, 2]], wanted, **tolerance)
+    torch.testing.assert_close(after.attenuation[[0, 2]], found.attenuation)
+    torch.testing.assert_close(after.mean[1:2], fit_measured(before.mean[1:2], given[1:2] / 0.5, radon, 2), **tolerance)
+    assert (after.attenuation[1] == 0).all(), "it is corrected"
+
+
 def test_samples_that_are_fitted_differ_by_what_the_counts_leave_open(data, tmp_path):
     """As results of so many measurements would; fitted to the same values they would be all but alike."""
     radon, task, n = Radon(GEOMETRY), asked(1).task, 64
     truth = data.test_set[[0]].expected
     noise = 0.1 * truth.max() * torch.randn(n, *truth.shape, generator=keyed_generator("measured"))
     sampling = BridgeSampling(samples=n, data_consistency=3)
-    once = sampling.fit(truth.expand(n, -1, -1, -1, -1), truth + noise[0], task, GEOMETRY, [7])
+    once = sampling.fit(truth.expand(n, -1, -1, -1, -1), truth + noise[0], task, GEOMETRY, [7]).samples
     truly = torch.stack([fit_measured(truth, truth + one, radon, 3) for one in noise])
     inside = truth > 0.2 * truth.max()
     spreads = [results.std(0)[inside].mean() for results in (once, truly)]
     assert spreads[0] == pytest.approx(float(spreads[1]), rel=0.2)
-    alone = sampling.fit(truth[None], truth + noise[0], task, GEOMETRY, [7])[0]
+    alone = sampling.fit(truth[None], truth + noise[0], task, GEOMETRY, [7]).samples[0]
     assert (once.mean(0) - alone)[inside].abs().mean() < 0.3 * spreads[0], "about the same mean"
     system = awake(fitted(tmp_path, data))
     given = data.test_set[[0, 1]].input
@@ -497,11 +517,11 @@ def test_one_of_two_tracers_is_not_fitted_to_the_sum_of_both():
     """As multi-task training and the reverse direction have them."""
     one, sum_of_both = torch.rand(1, 3, 1, 16, 16), 2 + torch.rand(3, 1, 16, 16)
     sampling, task = BridgeSampling(data_consistency=2, batch_size=2), torch.full((3,), TASKS.index("separation"))
-    assert torch.equal(sampling.fit(one, sum_of_both, task, GEOMETRY, range(3)), one)
+    assert torch.equal(sampling.fit(one, sum_of_both, task, GEOMETRY, range(3)).samples, one)
     both = one.expand(-1, -1, 2, -1, -1)
-    in_parts = sampling.fit(both, sum_of_both, task, GEOMETRY, range(3))
+    in_parts = sampling.fit(both, sum_of_both, task, GEOMETRY, range(3)).samples
     assert (in_parts.sum(2).sum() - sum_of_both.sum()).abs() < 0.5 * (both.sum(2).sum() - sum_of_both.sum()).abs()
-    at_once = replace(sampling, batch_size=3).fit(both, sum_of_both, task, GEOMETRY, range(3))
+    at_once = replace(sampling, batch_size=3).fit(both, sum_of_both, task, GEOMETRY, range(3)).samples
     torch.testing.assert_close(in_parts, at_once)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from allpet import (
     TransparentMedicalAttention,
     roi_box,
 )
+from allpet.attenuation import BONE
 from allpet.cli import main
 from allpet.conditions import LABEL_SIZE, Condition
 from allpet.io import Scan, read_scan, write_scan
@@ -208,11 +210,41 @@ def test_what_is_noted_of_sampling_is_what_came_into_play(folder, tmp_path):
     system.autoencoder.scaling.set_scale(500.0)
     system.geometry, system.orientations = GEOMETRY, Orientations(180.0, True)
     system.save_pretrained(tmp_path / "plain")
-    for task, more, updates in (("low_dose", [], 16), ("attenuation", ["--data.dose", "null"], 0)):
+    bare = ["--data.dose", "null"]
+    cases = {"low_dose": (16, []), "attenuation": (16, bare), "delayed": (0, [*bare, "--data.delay_min", "60"])}
+    for task, (updates, more) in cases.items():
         run = restore(tmp_path / "plain", folder / "p8", "--data.gain", "1", "--data.task", task, *more)
         noted = read_scan(run / "sinograms/bare.h5").provenance
         assert f"data_consistency={updates}," in noted["sampling"]
         assert noted["orientations"] == 3  # one for each sample, though there are many more
+        assert (run / "attenuation").exists() == (task == "attenuation")
+
+
+def test_the_attenuation_that_was_found_is_written_and_shown(model, folder, monkeypatch):
+    """In 1/mm whatever the unit of the sinograms, and only where something was fitted."""
+    shown = []
+    gallery = callbacks.restoration_writer.restoration_gallery
+    monkeypatch.setattr(
+        callbacks.restoration_writer, "restoration_gallery", lambda *given: shown.append(given) or gallery(*given)
+    )
+    asked = ["--data.task", "attenuation", "--data.dose", "null", "--data.gain", "3.0", "--data.batch_size", "2"]
+    write_scan(folder / "p7" / "scan.h5", replace(read_scan(folder / "p7" / "scan.h5"), state=("randoms_subtracted",)))
+    run = restore(model, folder, *asked)
+    scan = read_scan(run / "attenuation/p7/scan.h5")
+    assert (scan.kind, scan.units, scan.pixel_mm) == ("image", "1/mm", GEOMETRY.pixel_mm)
+    assert scan.provenance["content"] == "mean over 3 sample(s)"
+    system = LatentBridge.from_pretrained(model)
+    data = SinogramsToRestore(str(folder), task="attenuation")
+    data.setup()
+    batch = data.batch(range(2))
+    sampling = BridgeSampling(nfe=2, samples=3, data_consistency=16)
+    wanted = system.restore(3 * batch.input, batch.condition, batch.seed.tolist(), sampling).attenuation
+    torch.testing.assert_close(torch.from_numpy(scan.values)[:2], wanted[:, 0], rtol=1e-2, atol=1e-4)
+    assert 0.001 < float(wanted.max()) <= BONE
+    parts = shown[0][0][0][1]
+    through = torch.exp(-Radon(GEOMETRY).project(parts["attenuation"][None]))[0]
+    torch.testing.assert_close(parts["attenuation factor"], through)
+    assert not (restore(model, folder, *asked, "--model.sampling.data_consistency", "0") / "attenuation").exists()
 
 
 def test_stage_2_alone_restores_a_low_dose(folder, tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -237,6 +237,90 @@ def quick_image(sinogram: Tensor, radon: Radon, iterations: int = 4, subsets: in
     return osem(radon, sinogram.clamp(min=0), math.ceil(updates / dividing), dividing)
 
 
+class MeasuredFit:
+    """Expected sinograms on their way to what was measured of their sum, update by update; see ``fit_measured``.
+
+    Kernelised expectation maximisation (Wang and Qi 2015, whose ``x_k`` is 1). Images are ``x_k K_k a_k``: those of the
+    results (``quick_image``, which keep no finer detail than few iterations of OSEM do) times the means of coefficients
+    over neighbours that look alike in them (``AlikeNeighbours``). The coefficients begin at 1:
+    ``a_k <- a_k max(K_k' (x_k R' (m y / (m sum_j R (x_j K_j a_j) + b))), 0) / K_k' (x_k R' m)``, m and b the
+    *multiplicative* and *additive* terms, the factor to the power of the attention (over-relaxed EM, Lewitt and
+    Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5 are taken in several steps, each with
+    factors of its own).
+
+    Args:
+        result: of each sinogram its targets, ``(batch, targets, views, bins)``; negative values count as zero.
+        measured: m times their sum and b, with noise, in the same units, ``(batch, 1, views, bins)``.
+        radon: the projector of their geometry.
+        attention: of each pixel, ``(batch or 1, 1, rows, columns)``, finite and not negative; where it is 2, an update
+            counts double, and pixels of half or twice the attention do not look alike. None for 1.
+        neighbourhood_mm: full width at half maximum of the neighbourhood; 0 for every pixel alone.
+
+    Attributes:
+        sinogram: the projections of the images, same shape and units as *result*, never negative.
+
+    Raises:
+        ValueError: if the shapes do not fit or the neighbourhood is negative.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        measured: Tensor,
+        radon: Radon,
+        attention: Tensor | None = None,
+        neighbourhood_mm: float = NEIGHBOURHOOD_MM,
+    ) -> None:
+        if not 0 <= neighbourhood_mm < math.inf:
+            raise ValueError(f"neighbourhood_mm is {neighbourhood_mm}, but must be finite and not negative.")
+        batch, n_targets = result.shape[:2]
+        if measured.shape != (batch, 1, *radon.sinogram_shape) or result.shape[2:] != measured.shape[2:]:
+            raise ValueError(
+                f"The shapes are {tuple(result.shape)} and {tuple(measured.shape)}; expected "
+                f"(batch, targets, *{radon.sinogram_shape}) and (batch, 1, *{radon.sinogram_shape})."
+            )
+        self.measured, self.radon, self._shape = measured, radon, result.shape
+        self._start = quick_image(result.flatten(0, 1)[:, None], radon)
+        self._mean, self._spread = _among_alike(self._start, attention, neighbourhood_mm, radon.geometry.pixel_mm)
+        self._coefficient = torch.ones_like(self._start)
+        # Bins that are all but empty say nothing: a ratio to next to nothing is noise.
+        self._empty = _EMPTY * result.sum(1, keepdim=True).amax((2, 3), keepdim=True)
+        self._powers: list[Tensor | None] = [None]
+        if attention is not None:
+            parts = max(1, math.ceil(float(attention.amax()) / _STEEPEST))
+            whole = attention.expand(batch, -1, -1, -1).repeat_interleave(n_targets, 0)
+            self._powers = [(whole - _STEEPEST * part).clamp(0, _STEEPEST) for part in range(parts)]
+        self._ones = torch.ones_like(measured)
+        self.sinogram = radon.project(self._start).view(result.shape)
+
+    @cached_property
+    def _usual(self) -> Tensor:
+        return self._explaining(self._ones)
+
+    def update(self, multiplicative: Tensor | None = None, additive: Tensor | None = None) -> None:
+        """Bring the sinograms nearer, with all views at once.
+
+        Args:
+            multiplicative: what was measured of a sinogram's 1, as attenuation factors, not negative, in the shape of
+                what was measured; None for 1, where it was corrected.
+            additive: what was measured besides, as scatter, not negative, likewise; None for 0.
+        """
+        weight = self._ones if multiplicative is None else multiplicative
+        besides = torch.zeros_like(self._ones) if additive is None else additive
+        seen = self._usual if multiplicative is None else self._explaining(weight)
+        for power in self._powers:
+            total = self.sinogram.sum(1, keepdim=True)
+            shown = total > self._empty
+            ratio = torch.where(shown, self.measured / torch.where(shown, weight * total + besides, 1), 1)
+            factor = self._explaining(weight * ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
+            self._coefficient = self._coefficient * (factor if power is None else factor**power)
+            image = self._start * self._mean(self._coefficient)
+            self.sinogram = self.radon.project(image).view(self._shape)
+
+    def _explaining(self, bins: Tensor) -> Tensor:
+        return self._spread(self._start * self.radon.backproject(bins).repeat_interleave(self._shape[1], 0))
+
+
 def fit_measured(
     result: Tensor,
     measured: Tensor,
@@ -247,27 +331,21 @@ def fit_measured(
 ) -> Tensor:
     """Bring expected sinograms nearer to what was measured of their sum, and make them wholly consistent.
 
-    Kernelised expectation maximisation (Wang and Qi 2015, whose ``x_k`` is 1). Images are ``x_k K_k a_k``: those of the
-    results (``quick_image``, which keep no finer detail than few iterations of OSEM do) times the means of coefficients
-    over neighbours that look alike in them (``AlikeNeighbours``). The coefficients begin at 1:
-    ``a_k <- a_k max(K_k' (x_k R' (y / sum_j R (x_j K_j a_j))), 0) / K_k' (x_k R' 1)``, the factor to the power of the
-    attention (over-relaxed EM, Lewitt and Muehllehner 1986; from 2 on it no longer converges, so that powers above 1.5
-    are taken in several steps, each with factors of its own). Few updates correct what many counts agree on, as the
-    uptake of a lesion that a network has drawn too faint, and leave to the network what the counts do not say; many fit
-    the noise, the later the wider the neighbourhood. Without one this is the EM of Shepp and Vardi (1982). Where
-    *measured* was corrected, it is no longer the likelihood of counts: bins weigh as if their variance went with the
-    corrected activity, and negative values, which corrections for randoms and scatter leave, count as they are, for cut
-    they would add activity where there is little. Sinograms that are not corrected for attenuation are no projections:
-    do not fit them.
+    By updates of ``MeasuredFit``. Few correct what many counts agree on, as the uptake of a lesion that a network has
+    drawn too faint, and leave to the network what the counts do not say; many fit the noise, the later the wider the
+    neighbourhood. Without one this is the EM of Shepp and Vardi (1982). What was measured is corrected, so that this is
+    no longer the likelihood of counts: bins weigh as if their variance went with the corrected activity, and negative
+    values, which corrections for randoms and scatter leave, count as they are, for cut they would add activity where
+    there is little. Sinograms that are not corrected for attenuation are no projections: for them there is
+    ``allpet.attenuation.fit_uncorrected``.
 
     Args:
         result: of each sinogram its targets, ``(batch, targets, views, bins)``; negative values count as zero.
         measured: their sum, with noise, corrected and in the same units, ``(batch, 1, views, bins)``.
         radon: the projector of their geometry.
         updates: how many, each with all views.
-        attention: of each pixel, ``(batch or 1, 1, rows, columns)``, finite and not negative; where it is 2, an update
-            counts double, and pixels of half or twice the attention do not look alike. None for 1.
-        neighbourhood_mm: full width at half maximum of the neighbourhood; 0 for every pixel alone.
+        attention: see ``MeasuredFit``.
+        neighbourhood_mm: see there.
 
     Returns:
         the projections of the images, same shape and units as *result*, never negative.
@@ -275,33 +353,12 @@ def fit_measured(
     Raises:
         ValueError: if the shapes do not fit, ``updates`` is less than 1 or the neighbourhood negative.
     """
-    if not 0 <= neighbourhood_mm < math.inf:
-        raise ValueError(f"neighbourhood_mm is {neighbourhood_mm}, but must be finite and not negative.")
-    batch, n_targets = result.shape[:2]
-    if updates < 1 or measured.shape != (batch, 1, *radon.sinogram_shape) or result.shape[2:] != measured.shape[2:]:
-        raise ValueError(
-            f"updates is {updates} and the shapes are {tuple(result.shape)} and {tuple(measured.shape)}; expected at "
-            f"least 1, (batch, targets, *{radon.sinogram_shape}) and (batch, 1, *{radon.sinogram_shape})."
-        )
-    start = quick_image(result.flatten(0, 1)[:, None], radon)
-    mean, spread = _among_alike(start, attention, neighbourhood_mm, radon.geometry.pixel_mm)
-    seen = spread(start * radon.backproject(torch.ones_like(measured[:1])))
-    coefficient, image = torch.ones_like(start), start
-    # Bins that are all but empty say nothing: a ratio to next to nothing is noise.
-    empty = _EMPTY * result.sum(1, keepdim=True).amax((2, 3), keepdim=True)
-    powers: list[Tensor | None] = [None]
-    if attention is not None:
-        parts = max(1, math.ceil(float(attention.amax()) / _STEEPEST))
-        whole = attention.expand(batch, -1, -1, -1).repeat_interleave(n_targets, 0)
-        powers = [(whole - _STEEPEST * part).clamp(0, _STEEPEST) for part in range(parts)]
-    for power in powers * updates:
-        total = radon.project(image).unflatten(0, (batch, n_targets)).sum(1)
-        ratio = torch.where(total > empty, measured / torch.where(total > empty, total, 1), 1)
-        explained = spread(start * radon.backproject(ratio).repeat_interleave(n_targets, 0))
-        factor = explained.clamp(min=0) / torch.where(seen > 0, seen, 1)
-        coefficient = coefficient * (factor if power is None else factor**power)
-        image = start * mean(coefficient)
-    return radon.project(image).view_as(result)
+    if updates < 1:
+        raise ValueError(f"updates is {updates}, but must be at least 1.")
+    fit = MeasuredFit(result, measured, radon, attention, neighbourhood_mm)
+    for _ in range(updates):
+        fit.update()
+    return fit.sinogram
 
 
 def _among_alike(

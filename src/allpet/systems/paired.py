@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from allpet.attention import Areas, TransparentMedicalAttention
+from allpet.attenuation import NEIGHBOURHOOD_MM as UNCORRECTED_MM
+from allpet.attenuation import explain_uncorrected, fit_uncorrected
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
 from allpet.consistency import NEIGHBOURHOOD_MM, fit_measured, reproject
@@ -36,6 +38,7 @@ from allpet.systems.knowledge import Knowledge, Seen, warn_of_doubts
 from allpet.systems.latents import Aside, LatentSystem
 from allpet.systems.starting import load_stages, start_from
 
+UNCORRECTED = TASKS.index("attenuation")
 _MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
 _LEAST_DRAWN = 0.01  # of the size of a slice's targets (of squares for l2); what is drawn may be nothing at first
 _STATISTICS = ("moments", "given_moments", "input_ratio")  # measured when training starts
@@ -50,18 +53,34 @@ class Restored(NamedTuple):
         std: standard deviation over the samples, the same shape; zeros for one sample.
         samples: ``(samples, batch, targets, views, bins)``.
         areas: that the fit to the input attended to; None where nothing was fitted, or nothing attends.
+        attenuation: that the fit found between input and result, mean over the samples, 1/mm, ``(batch, 1, rows,
+            columns)``; None where nothing was fitted, or no input is without attenuation correction, and 0 of those
+            that are corrected.
     """
 
     mean: Tensor
     std: Tensor
     samples: Tensor
     areas: Areas | None = None
+    attenuation: Tensor | None = None
 
     @classmethod
-    def of(cls, samples: Tensor, areas: Areas | None = None) -> Restored:
+    def of(cls, samples: Tensor, areas: Areas | None = None, attenuation: Tensor | None = None) -> Restored:
         """Mean and standard deviation of ``(samples, batch, targets, views, bins)``."""
         std = samples.std(0) if len(samples) > 1 else torch.zeros_like(samples[0])
-        return cls(samples.mean(0), std, samples, areas)
+        return cls(samples.mean(0), std, samples, areas, attenuation)
+
+
+class Fitted(NamedTuple):
+    """Samples after their fit to the input.
+
+    Attributes:
+        samples: ``(samples, batch, targets, views, bins)``.
+        attenuation: see ``Restored``.
+    """
+
+    samples: Tensor
+    attenuation: Tensor | None
 
 
 def nothing_attends(strength: float) -> str:
@@ -95,13 +114,15 @@ class PairedSampling:
         attention_strength: how strongly a model that attends, or the fit where a ROI is given, does so, see
             ``TransparentMedicalAttention``; None for 1. Where nothing attends, another number is refused.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
-            (``MEASURING``: low dose, separation) is brought nearer to it, see ``fit_measured``; other tasks' results
-            stay as they are. 0 for none. Of several samples each is fitted to a measurement with as much noise again,
-            so that their spread still says how well the counts are known; with K samples the noise of their mean has
-            1 / K more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``:
-            in the ROI, or in the hot and cold areas of what the network has drawn.
+            (``MEASURING``: low dose, separation, attenuation correction) is brought nearer to it, see ``fit_measured``
+            and, of attenuation, ``fit_uncorrected``; other tasks' results stay as they are. 0 for none. Of
+            several samples each is fitted to a measurement with as much noise again, so that their spread still says
+            how well the counts are known; with K samples the noise of their mean has 1 / K more variance. Where a model
+            attends, or a ROI is given, updates count more by ``attention_strength``: in the ROI, or in the hot and cold
+            areas of what the network has drawn.
         neighbourhood_mm: full width at half maximum of the neighbours that look alike among which updates share what
-            the counts say: less bias for as much noise; 0 for every pixel alone.
+            the counts say: less bias for as much noise; 0 for every pixel alone; None for 24 mm, and for every pixel
+            alone without attenuation correction, where there are the counts of whole scans.
         turned: whether several samples are drawn in several orientations, those that the model was trained on
             (``allpet.orientations``): a better mean, and a spread that says more of its errors, for as many calls; the
             input is encoded for each sample anew. The first is drawn as the input lies.
@@ -112,7 +133,7 @@ class PairedSampling:
     batch_size: int = 64
     attention_strength: float | None = None
     data_consistency: int = 0
-    neighbourhood_mm: float = NEIGHBOURHOOD_MM
+    neighbourhood_mm: float | None = None
     turned: bool = True
 
     def __post_init__(self) -> None:
@@ -123,7 +144,7 @@ class PairedSampling:
             raise ValueError(f"attention_strength is {self.attention_strength}, but must be finite and not negative.")
         if self.data_consistency < 0:
             raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
-        if not 0 <= self.neighbourhood_mm < float("inf"):
+        if self.neighbourhood_mm is not None and not 0 <= self.neighbourhood_mm < float("inf"):
             raise ValueError(f"neighbourhood_mm is {self.neighbourhood_mm}, but must be finite and not negative.")
 
     @property
@@ -135,6 +156,12 @@ class PairedSampling:
     def certain(self) -> bool:
         """Whether every draw in one orientation gives the same."""
         return False
+
+    def width(self, uncorrected: bool) -> float:
+        """Return the neighbourhood in mm, of scans without attenuation correction or of others."""
+        if self.neighbourhood_mm is not None:
+            return self.neighbourhood_mm
+        return UNCORRECTED_MM if uncorrected else NEIGHBOURHOOD_MM
 
     def fitted(self, task: Tensor, n_targets: int) -> list[int]:
         """Return which of the tasks ``(batch,)`` of so many targets have results that are fitted to their input."""
@@ -149,7 +176,7 @@ class PairedSampling:
         geometry: ParallelBeam | None,
         seeds: Sequence[int],
         attention: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Fitted:
         """Return samples after ``data_consistency`` updates, where they are all that the measurement is the sum of.
 
         The noise that is added for several samples is what the measurement differs from the sample by, with random
@@ -158,7 +185,7 @@ class PairedSampling:
 
         Args:
             samples: ``(samples, batch, targets, views, bins)``.
-            measured: at the same scale, ``(batch, 1, views, bins)``.
+            measured: at the same scale, ``(batch, 1, views, bins)``; in the same unit, where not corrected.
             task: of each, ``(batch,)``.
             geometry: of the sinograms.
             seeds: one per measurement; the signs depend on it and the number of the sample alone.
@@ -168,23 +195,34 @@ class PairedSampling:
             RuntimeError: if the geometry is needed and None.
         """
         if not (chosen := self.fitted(task, samples.shape[2])):
-            return samples
+            return Fitted(samples, None)
         if geometry is None:
             raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
         radon, samples = Radon(geometry), samples.clone()
+        attenuation = samples.new_zeros(len(measured), 1, *geometry.image_shape)
+        kinds = {kind: [row for row in chosen if (int(task[row]) == UNCORRECTED) == kind] for kind in (False, True)}
+        pieces = [(kind, rows) for kind, part in kinds.items() for rows in _split(part, self.batch_size)]
         with torch.autocast(samples.device.type, enabled=False):
             for draw, results in enumerate(samples):
-                for start in range(0, len(chosen), self.batch_size):
-                    rows = chosen[start : start + self.batch_size]
+                for uncorrected, rows in pieces:
                     ours, given = results[rows].float(), measured[rows].float()
+                    expected, start = ours.sum(1, keepdim=True), None
+                    if uncorrected:
+                        start = explain_uncorrected(ours, given, radon)
+                        expected = start.factor * expected + start.scatter
                     if len(samples) > 1:
                         generators = [keyed_generator(seeds[row], draw, "measured") for row in rows]
                         coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
-                        given = given + (given - ours.sum(1, keepdim=True)) * (2 * torch.stack(coins).to(given) - 1)
+                        given = given + (given - expected) * (2 * torch.stack(coins).to(given) - 1)
                     where = None if attention is None else attention[rows]
-                    how = (self.data_consistency, where, self.neighbourhood_mm)
-                    results[rows] = fit_measured(ours, given, radon, *how).to(results)
-        return samples
+                    how = (self.data_consistency, where, self.width(uncorrected))
+                    if start is None:
+                        results[rows] = fit_measured(ours, given, radon, *how).to(results)
+                    else:
+                        fitted, found = fit_uncorrected(ours, given, radon, *how, start)
+                        results[rows] = fitted.to(results)
+                        attenuation[rows] += found.attenuation / len(samples)
+        return Fitted(samples, attenuation if kinds[True] else None)
 
 
 class PairedSystem(LatentSystem):
@@ -551,15 +589,18 @@ class PairedSystem(LatentSystem):
                 mix = self._decode(source[::n_targets], shape) * ratio
                 full = full * (mix / full.sum(1, keepdim=True).clamp_min(1e-12))
             results.append(lies.lay_back(full))
-        # Two targets add up to the input as given: their scale is its own.
-        measured = given.to(self.device) if n_targets > 1 else scaled
-        tasks, areas, emphasis = condition.task[::n_targets], None, None
+        # Two targets add up to the input as given, and attenuation is what makes its scale another: both are their own.
+        tasks = condition.task[::n_targets]
+        own = (tasks == UNCORRECTED) | (n_targets > 1)
+        measured = torch.where(own[:, None, None, None].to(scaled.device), given.to(scaled), scaled)
+        areas, emphasis = None, None
         drawn = torch.stack(results)
         if sampling.fitted(tasks, n_targets) and (attention := self.attention_to(roi)):
             # In what the network has drawn, noise makes far fewer areas than in the input.
             areas = attention.areas(drawn.mean(0).sum(1, keepdim=True), roi)
             emphasis = attention.emphasise(areas, sampling.strength)
-        return Restored.of(sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis), areas)
+        fitted = sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis)
+        return Restored.of(fitted.samples, areas, fitted.attenuation)
 
     def starting(self, given: Tensor) -> Tensor:
         """Return the source of given sinograms at the targets' scale, ``(batch, 1, views, bins)``.
@@ -682,7 +723,7 @@ class PairedSystem(LatentSystem):
         if roi is not None and not attends and not fits:
             raise ValueError(
                 "This model cannot heed a region of interest: leave it out, fit results to the input (low dose, "
-                "separation: data_consistency), or train a model that attends by gain or channel "
+                "attenuation, separation: data_consistency), or train a model that attends by gain or channel "
                 "(experiments/finetune/methods/attention.yaml)."
             )
         looks = roi is not None or attends or (self.attention_use is not None and fits)
@@ -779,3 +820,7 @@ class PairedSystem(LatentSystem):
     @torch.no_grad()
     def _decode(self, latent: Tensor, shape: tuple[int, int]) -> Tensor:
         return self.autoencoder.scaling.inverse(self.autoencoder.decode(latent, shape).full)
+
+
+def _split(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -199,7 +199,7 @@ class PriorRestoration(LightningModule):
             areas = attention.areas(given, roi)
             emphasis = attention.emphasise(areas, sampling.strength)
         fitted = sampling.fit(torch.stack(results), given, condition.task, self.geometry, seeds, emphasis)
-        return Restored.of(fitted, areas)
+        return Restored.of(fitted.samples, areas)
 
     def latent_noise(self, given: Tensor, latent: Tensor, seeds: Sequence[int]) -> Tensor:
         """Return the standard deviation of the noise in the latent of each input, ``(batch,)``.
