@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from allpet import ParallelBeam
+from allpet import ParallelBeam, Radon, attenuation
 from allpet.systems.paired import Restored
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
@@ -50,8 +50,8 @@ def test_the_table_is_of_validation_patients_and_says_what_the_updates_bring(mon
     monkeypatch.setattr(Plan, "pairs_of", pairs_of)
     monkeypatch.setattr(Plan, "finetune", finetune)
     monkeypatch.setattr(choose_updates, "REDUCTIONS", (4,))
-    monkeypatch.setattr(choose_updates, "NUMBERS", (2, 16))
-    monkeypatch.setattr(choose_updates, "NEIGHBOURHOODS", (0.0, 24.0))
+    monkeypatch.setitem(choose_updates.NUMBERS, "low_dose", (2, 16))
+    monkeypatch.setitem(choose_updates.NEIGHBOURHOODS, "low_dose", (0.0, 24.0))
     places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports")]
     choose_updates.main(["--seed", "3", "--patients", "2", *places])
     assert all(given["val_patients"] == 2 for given in asked)
@@ -74,3 +74,40 @@ def test_the_defaults_are_held_beside_what_is_best_alone():
     text = choose_updates.said(rows)
     assert "reduction 20: 4 alone 32.00 dB, lesions -4.0 %, tissues 3.0 %; 16 alone 31.00 dB" in text
     assert "16 among neighbours 33.00 dB, lesions -16.0 %" in text
+
+
+def test_attenuation_is_tried_with_the_defaults_and_in_other_ways():
+    tried = choose_updates.ways("attenuation")
+    assert tried[0]["updates"] == 0
+    usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM}
+    grid = [way for way in tried if {name: way[name] for name in usual} == usual]
+    assert {"neighbourhood_mm": attenuation.NEIGHBOURHOOD_MM, "updates": 32, **usual} in grid
+    assert len(grid) == 17
+    others = [way for way in tried if way not in grid]
+    assert {(way["neighbourhood_mm"], way["updates"]) for way in others} == {(attenuation.NEIGHBOURHOOD_MM, 32)}
+    assert len({(way["before"], way["smooth_mm"]) for way in others}) == len(others) == 11
+
+    shown = {"psnr": 30.0, "lesion_max_bias_%": -30.0, "tissue_bias_%": 9.0}
+    better = {"psnr": 32.0, "lesion_max_bias_%": -20.0, "tissue_bias_%": 7.0}
+    rows = [{**way, **(better if way["updates"] == 32 else shown)} for way in tried]
+    text = choose_updates.said(rows)
+    assert text.startswith(
+        "Not fitted: 30.00 dB, lesions -30.0 %, tissues 9.0 %. The defaults: 32.00 dB, lesions -20.0"
+    )
+
+
+def test_each_way_of_attenuation_fits_by_what_it_says():
+    """Without updates of the attenuation the input is taken for corrected."""
+    radon = Radon(GEOMETRY)
+    x, y = GEOMETRY.pixel_centers
+    truth = radon.project(((x**2 + y**2) < 120**2).float()[None, None])
+    uncorrected = torch.exp(-0.0096 * truth) * truth
+    ways = {
+        "corrected": {"neighbourhood_mm": 0.0, "updates": 4},
+        "usual": {"neighbourhood_mm": 0.0, "updates": 4, "before": 20, "smooth_mm": 24.0},
+        "none": {"neighbourhood_mm": 0.0, "updates": 0, "before": 20, "smooth_mm": 24.0},
+    }
+    results = {name: choose_updates.fitted(truth, uncorrected, radon, **way) for name, way in ways.items()}
+    assert torch.equal(results["none"], truth)
+    assert results["corrected"].sum() < 0.5 * truth.sum()
+    assert results["usual"].sum() > 0.95 * truth.sum()

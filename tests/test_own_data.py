@@ -80,10 +80,12 @@ def test_every_command_works_in_the_order_given(place: Path, monkeypatch: pytest
     assert len(read_scan(place / "images_dicom").values) == 2
     assert (read_scan(place / "pairs.h5").acf >= 1).all()
     demo = json.loads((place / "outputs/reports/attenuation_demo.json").read_text())
-    rows = {(row["method"], row["nfe"]): row for row in demo["rows"]}
-    assert list(rows) == [("identity", 0), ("bridge", 1), ("bridge", 5), ("target", 0)]
-    assert rows["target", 0]["l2"] == 0 < rows["identity", 0]["l2"] < 1
-    assert rows["target", 0]["hl0"] < 0.3 * rows["identity", 0]["hl0"]
+    rows = {(row["method"], row["nfe"], row["updates"]): row for row in demo["rows"]}
+    ours = [("bridge", 1, 0), ("bridge", 5, 0), ("bridge", 1, 32)]
+    assert list(rows) == [("identity", 0, 0), *ours, ("target", 0, 0)]
+    assert rows["target", 0, 0]["l2"] == 0 < rows["identity", 0, 0]["l2"] < 1
+    assert rows["target", 0, 0]["hl0"] < 0.3 * rows["identity", 0, 0]["hl0"]
+    assert rows["bridge", 1, 32]["hl0"] < rows["bridge", 1, 0]["hl0"], "what is fitted is a projection"
     assert demo["slices"] == {"train": 5, "test": 2}
     for text in (demo["remarks"], (place / "outputs/reports/attenuation_demo.html").read_text()):
         assert "demonstration on one patient" in text

@@ -30,13 +30,13 @@ from allpet import (
 from allpet.batches import unmasked_stack
 from allpet.metrics import standard_image
 from allpet.runs import newest_pretrained
-from allpet.simulation.tasks import MEASURING, TASKS
+from allpet.simulation.tasks import TASKS
 from allpet.systems.pair_synthesis import FORWARD, PHYSICS, synthesise_pairs
 from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
 from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
 from data_modules.paired_set import write_pairs
-from studies.downstream_plan import ALONE, UPDATES, Plan
+from studies.downstream_plan import UPDATES, Plan
 from studies.downstream_scores import calibration
 from studies.rows import Row
 from studies.training import GUIDANCE
@@ -259,7 +259,7 @@ def restore(plan: Plan, method: Callable[..., Restored], sampling: Any = None, *
 
 def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
     """Return what tells lines of a row apart."""
-    near = sampling.neighbourhood_mm if sampling.data_consistency else 0.0
+    near = sampling.width(uncorrected=False) if sampling.data_consistency else 0.0
     turned = sampling.turned and sampling.samples > 1
     kept = {"nfe": sampling.nfe, "samples": sampling.samples, "turned": turned, "attention": attention}
     return kept | {"updates": sampling.data_consistency, "neighbourhood_mm": near}
@@ -267,10 +267,7 @@ def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
 
 def _fitted(plan: Plan, sampling: PairedSampling) -> list[PairedSampling]:
     """Return the same with as many updates towards the input as are judged; none where it does not measure."""
-    if plan.task not in MEASURING:
-        return []
-    alone = replace(sampling, data_consistency=ALONE, neighbourhood_mm=0.0)
-    return [alone, *(replace(sampling, data_consistency=n) for n in UPDATES)]
+    return [replace(sampling, data_consistency=n, neighbourhood_mm=width) for n, width in plan.fitting]
 
 
 def _several(plan: Plan) -> list[PairedSampling]:

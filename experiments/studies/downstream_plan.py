@@ -14,7 +14,9 @@ import torch
 import yaml
 
 from allpet import ParallelBeam, Radon
+from allpet.attenuation import NEIGHBOURHOOD_MM as UNCORRECTED_MM
 from allpet.cli import main as allpet
+from allpet.consistency import NEIGHBOURHOOD_MM
 from allpet.io.atomic import replacing
 from allpet.pretrained import pretrained_class
 from allpet.randomness import keyed_generator
@@ -32,6 +34,8 @@ UPDATES = (8, 16)
 """Of ``data_consistency``, by which results are judged besides, where the input measures the targets."""
 ALONE = 4
 """The same with every pixel alone (``neighbourhood_mm`` 0): as many as are best so."""
+UNCORRECTED_UPDATES = (16, 32)
+"""Of results for scans without attenuation correction, where every pixel stands alone."""
 REDUCTION = 20
 """Dose reduction at which low dose is judged; trained on are all of them, as users would."""
 ALL_PROMPTS = (*PAPER_PROMPTS, "FDG:pelvis", "PSMA:pelvis")
@@ -78,8 +82,19 @@ class Plan:
         """Return what is known of a row beforehand."""
         facts = {"task": self.task, "method": method, "pairs": pairs, "seed": seed, "steps": self.steps}
         facts |= {"vae": self.stages.vae, "ldm": self.stages.ldm, "slices": self.slices, "samples": self.samples}
-        fitted = {"data_consistency": list(UPDATES), "alone": ALONE} if self.task in MEASURING else {}
+        fitted: dict[str, Any] = {"data_consistency": list(UPDATES), "alone": ALONE}
+        if self.task == "attenuation":
+            fitted = {"data_consistency": list(UNCORRECTED_UPDATES), "fit": "of activity and attenuation"}
+        elif self.task not in MEASURING:
+            fitted = {}
         return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem} | fitted
+
+    @property
+    def fitting(self) -> list[tuple[int, float]]:
+        """Updates, and their neighbourhood in mm, by which results are judged besides; none where nothing measures."""
+        if self.task == "attenuation":
+            return [(updates, UNCORRECTED_MM) for updates in UNCORRECTED_UPDATES]
+        return [(ALONE, 0.0), *((updates, NEIGHBOURHOOD_MM) for updates in UPDATES)] if self.task in MEASURING else []
 
     @cached_property
     def data(self) -> PairedTask:

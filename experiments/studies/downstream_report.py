@@ -22,7 +22,7 @@ from allpet.simulation.tasks import MEASURING
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
 from studies.downstream import LONGER, SEVERAL, TIMES, WITHOUT, expanded, generated_file, label_of
-from studies.downstream_plan import ALONE, REDUCTION, UPDATES, Plan
+from studies.downstream_plan import REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
 from studies.rows import Outcome
@@ -59,10 +59,10 @@ _PICTURED = {
     "osem_oracle": [(0, 0)],
     "regression": [(1, 0)],
     "ddbm": [(119, 0)],
-    "bridge": [(1, 0), (5, 0), (20, 0), (1, UPDATES[-1])],
+    "bridge": [(1, 0), (5, 0), (20, 0), (1, None)],
     "prior": [(1, 0)],
 }
-"""Which lines of which methods are shown: numbers of calls and of updates."""
+"""Which lines of which methods are shown: numbers of calls and of updates, None for the most."""
 Lines = Sequence[dict[str, Any]]
 
 
@@ -103,7 +103,7 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
         ]
     elif plan.task == "attenuation":
         said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
-        said.append(_turning(found))
+        said += [_fitting(found), _turning(found)]
     else:
         said = [_biases_beside(found, other) for other in ("identity", "regression")]
         if plan.task in MEASURING:
@@ -241,15 +241,17 @@ def _fitting(found: _Found) -> str:
     """Say what updates towards the measured input bring to the results of one call."""
     parts = []
     for method in ("bridge", "regression", "regression_pixels", "prior"):
-        groups = [found.of(method, nfe=1, samples=1, updates=n) for n in (0, ALONE, *UPDATES)]
+        numbers = [0, *(updates for updates, _ in found.plan.fitting)]
+        groups = [found.of(method, nfe=1, samples=1, updates=n) for n in numbers]
         if all(groups):
             parts.append(f"{method} {'; '.join(map(_in_short, groups))}")
     if not parts:
         return _missing("bridge with data consistency")
-    updates = ", ".join(map(str, UPDATES))
+    shared = ", ".join(str(updates) for updates, width in found.plan.fitting if width)
+    alone = ", ".join(str(updates) for updates, width in found.plan.fitting if not width)
     return (
-        f"Data consistency, 0 updates, {ALONE} with every pixel alone, and {updates} after one call (sinogram "
-        f"PSNR, mean lesion SUVmax bias, mean tissue bias): {'. '.join(parts)}."
+        f"Data consistency, 0 updates, {alone} with every pixel alone{f', and {shared}' * bool(shared)} after one call "
+        f"(sinogram PSNR, mean lesion SUVmax bias, mean tissue bias): {'. '.join(parts)}."
     )
 
 
@@ -351,9 +353,9 @@ def _attention(plan: Plan, outcome: Outcome) -> str:
     return " ".join(said)
 
 
-def _once(attention: str, updates: int, nfe: int = 1) -> str:
+def _once(attention: str, updates: int, nfe: int = 1, neighbourhood_mm: float = NEIGHBOURHOOD_MM) -> str:
     facts = {"nfe": nfe, "samples": 1, "turned": False, "attention": attention, "updates": updates}
-    return label_of({**facts, "neighbourhood_mm": NEIGHBOURHOOD_MM})
+    return label_of({**facts, "neighbourhood_mm": neighbourhood_mm})
 
 
 def _interval(
@@ -521,9 +523,11 @@ def draw(plan: Plan, outcome: Outcome, path: Path) -> list[Path]:
         rows = [row for row in rows if row["seed"] == seed]
         if rows and (file := plan.folder / rows[0]["row"] / "pictures.pt").exists():
             pictures = torch.load(file, weights_only=True)
-            for nfe, updates in lines:
+            most, width = (plan.fitting or [(0, 0.0)])[-1]
+            for nfe, asked in lines:
+                updates = most if asked is None else asked
                 title = f"{name}, {nfe}" if len(lines) > 1 else name
-                if (label := _once("", updates, nfe)) in pictures:
+                if (label := _once("", updates, nfe, width)) in pictures:
                     kept[title + f"\n+ {updates} updates" * bool(updates)] = pictures[label].float()
     written = [save_figure(_page(plan, kept), path)]
     rows = [row for row in outcome.done if row["method"] == "regression_synthetic"]
