@@ -32,6 +32,8 @@ NEIGHBOURHOODS = {"low_dose": (0.0, 12.0, 24.0, 36.0), "attenuation": (0.0, 8.0,
 NUMBERS = {"low_dose": (2, 4, 8, 16, 32), "attenuation": (8, 16, 32, 64)}
 BEFORE, SMOOTH = (5, 10, 20, 40), (12.0, 24.0, 48.0)
 """Updates of the attenuation that go before, and the Gaussian of all of them, mm, tried with the other defaults."""
+UNITS = (0.8, 1.25)
+"""By which the input is off the unit of the targets, likewise."""
 SHOWN = {"psnr": 1, "ssim": 1, "psnr_image": 1, "tissue_bias": 100, "worst_bias": 100, "lesion_max_bias": 100}
 """What is shown of the scores, and what it is multiplied by: 100 for per cent."""
 
@@ -61,9 +63,10 @@ def ways(task: str) -> list[dict[str, Any]]:
     tried = [{"neighbourhood_mm": width, "updates": number} for width, number in [(0.0, 0), *grid]]
     if task == "low_dose":
         return tried
-    usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM}
+    usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM, "unit": 1.0}
     ours = {"neighbourhood_mm": attenuation.NEIGHBOURHOOD_MM, "updates": UNCORRECTED_UPDATES[-1]}
-    others = [{"before": before, "smooth_mm": smooth} for before in BEFORE for smooth in SMOOTH]
+    others = [{**usual, "before": before, "smooth_mm": smooth} for before in BEFORE for smooth in SMOOTH]
+    others += [{**usual, "unit": unit} for unit in UNITS]
     return [{**way, **usual} for way in tried] + [{**ours, **other} for other in others if other != usual]
 
 
@@ -75,8 +78,10 @@ def fitted(
     updates: int,
     before: int = 0,
     smooth_mm: float = 0.0,
+    unit: float = 1.0,
 ) -> Tensor:
     """Fit in one of these ways; without updates of the attenuation, the input is corrected."""
+    given = unit * given
     if not updates:
         return drawn
     if not before:
@@ -102,13 +107,15 @@ def said(rows: Sequence[dict[str, Any]]) -> str:
 
 def _said_of_attenuation(rows: Sequence[dict[str, Any]]) -> str:
     """Compare the defaults with nothing and with the best PSNR that was tried."""
-    usual = (attenuation.NEIGHBOURHOOD_MM, UNCORRECTED_UPDATES[-1], attenuation.BEFORE, attenuation.SMOOTH_MM)
-    names = ("neighbourhood_mm", "updates", "before", "smooth_mm")
+    usual = (attenuation.NEIGHBOURHOOD_MM, UNCORRECTED_UPDATES[-1], attenuation.BEFORE, attenuation.SMOOTH_MM, 1.0)
+    names = ("neighbourhood_mm", "updates", "before", "smooth_mm", "unit")
     ours = next(row for row in rows if tuple(row[name] for name in names) == usual)
     best = max(rows, key=lambda row: float(row["psnr"]))
     how = ", ".join(f"{name} {best[name]:g}" for name in names)
+    units = [f"{row['unit']:g}: {_in_short(row)}" for row in rows if row["unit"] != 1]
     return (
-        f"Not fitted: {_in_short(rows[0])}. The defaults: {_in_short(ours)}. The best PSNR ({how}): {_in_short(best)}."
+        f"Not fitted: {_in_short(rows[0])}. The defaults: {_in_short(ours)}. The best PSNR ({how}): {_in_short(best)}. "
+        f"With an input whose unit is that of the targets times {'; '.join(units)}."
     )
 
 
@@ -150,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not low_dose:
         how = (
             "towards the input, with attenuation and scatter that are found between the two (fit_uncorrected): by "
-            "updates of their own, so many before and one after each of EM, averaged with a Gaussian of smooth_mm"
+            "updates of their own, so many before and one after each of EM, averaged with a Gaussian of smooth_mm, and "
+            "with an input in another unit than the targets"
         )
         ours = (
             f"{UNCORRECTED_UPDATES[-1]} updates, every pixel alone, {attenuation.BEFORE} before and a Gaussian of "

@@ -79,13 +79,13 @@ def test_the_defaults_are_held_beside_what_is_best_alone():
 def test_attenuation_is_tried_with_the_defaults_and_in_other_ways():
     tried = choose_updates.ways("attenuation")
     assert tried[0]["updates"] == 0
-    usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM}
+    usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM, "unit": 1.0}
     grid = [way for way in tried if {name: way[name] for name in usual} == usual]
     assert {"neighbourhood_mm": attenuation.NEIGHBOURHOOD_MM, "updates": 32, **usual} in grid
     assert len(grid) == 17
     others = [way for way in tried if way not in grid]
     assert {(way["neighbourhood_mm"], way["updates"]) for way in others} == {(attenuation.NEIGHBOURHOOD_MM, 32)}
-    assert len({(way["before"], way["smooth_mm"]) for way in others}) == len(others) == 11
+    assert len({tuple(way[name] for name in usual) for way in others}) == len(others) == 13
 
     shown = {"psnr": 30.0, "lesion_max_bias_%": -30.0, "tissue_bias_%": 9.0}
     better = {"psnr": 32.0, "lesion_max_bias_%": -20.0, "tissue_bias_%": 7.0}
@@ -94,6 +94,7 @@ def test_attenuation_is_tried_with_the_defaults_and_in_other_ways():
     assert text.startswith(
         "Not fitted: 30.00 dB, lesions -30.0 %, tissues 9.0 %. The defaults: 32.00 dB, lesions -20.0"
     )
+    assert "unit is that of the targets times 0.8: 32.00 dB, lesions -20.0 %, tissues 7.0 %; 1.25: 32.00 dB" in text
 
 
 def test_each_way_of_attenuation_fits_by_what_it_says():
@@ -111,3 +112,5 @@ def test_each_way_of_attenuation_fits_by_what_it_says():
     assert torch.equal(results["none"], truth)
     assert results["corrected"].sum() < 0.5 * truth.sum()
     assert results["usual"].sum() > 0.95 * truth.sum()
+    off = choose_updates.fitted(truth, uncorrected, radon, **ways["usual"], unit=0.5)
+    assert (off - results["usual"]).norm() > 0.01 * truth.norm()
