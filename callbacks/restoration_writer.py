@@ -33,7 +33,7 @@ NOTES = {
     "conversion": "hypothetical: how the other tracer might look, never quantitative",
 }
 """What has to be said wherever results of a task are shown, see ``allpet.simulation.tasks``."""
-_FOUND = {"image": "attenuation found, 1/mm", "sinogram": "its factors"}
+_FOUND = {"image": "attenuation,\nto {:.3g}/mm", "sinogram": "its factors,\nto {:.3g}"}
 
 
 class RestorationWriter(Callback):
@@ -264,7 +264,7 @@ def restoration_gallery(
                 row += [Tile(one, (0, widest), f"std, to {widest:.3g}") for one in deviations]
             if "attenuation" in parts:
                 found = parts["attenuation" if domain == "image" else "attenuation factor"][0]
-                row.append(Tile(found, (0, top(found)), f"{_FOUND[domain]}, to {top(found):.3g}"))
+                row.append(Tile(found, (0, top(found)), _FOUND[domain].format(top(found))))
             if f"{domain} attended" in parts:
                 row.append(Tile(parts[f"{domain} attended"], (0, 1), "attended to"))
             rows.append(row)

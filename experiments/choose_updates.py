@@ -110,7 +110,7 @@ def _said_of_attenuation(rows: Sequence[dict[str, Any]]) -> str:
     usual = (attenuation.NEIGHBOURHOOD_MM, UNCORRECTED_UPDATES[-1], attenuation.BEFORE, attenuation.SMOOTH_MM, 1.0)
     names = ("neighbourhood_mm", "updates", "before", "smooth_mm", "unit")
     ours = next(row for row in rows if tuple(row[name] for name in names) == usual)
-    best = max(rows, key=lambda row: float(row["psnr"]))
+    best = max((row for row in rows if row["unit"] == 1), key=lambda row: float(row["psnr"]))
     how = ", ".join(f"{name} {best[name]:g}" for name in names)
     units = [f"{row['unit']:g}: {_in_short(row)}" for row in rows if row["unit"] != 1]
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from allpet import (
     Radon,
     symmetry,
 )
-from allpet.attenuation import fit_uncorrected
+from allpet.attenuation import BONE, explain_uncorrected, fit_uncorrected
 from allpet.conditions import LABEL_SIZE
-from allpet.consistency import fit_measured
+from allpet.consistency import fit_measured, quick_image
 from allpet.metrics import moment_residuals, psnr
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
@@ -399,24 +400,60 @@ def test_without_attenuation_correction_results_are_fitted_to_the_input_as_it_is
     torch.testing.assert_close(after.attenuation[[0, 2]], found.attenuation)
     torch.testing.assert_close(after.mean[1:2], fit_measured(before.mean[1:2], given[1:2] / 0.5, radon, 2), **tolerance)
     assert (after.attenuation[1] == 0).all(), "it is corrected"
+    roi = torch.zeros(1, 1, *GEOMETRY.image_shape, dtype=torch.bool)
+    roi[..., 6:10, 6:10] = True
+    looked = system.restore(given, condition, [3, 4, 5], replace(system.sampling, data_consistency=2), roi=roi)
+    wanted, _ = fit_uncorrected(before.mean[[0, 2]], given[[0, 2]], radon, 2, 1 + roi.float())
+    torch.testing.assert_close(looked.mean[[0, 2]], wanted, **tolerance)
 
 
-def test_samples_that_are_fitted_differ_by_what_the_counts_leave_open(data, tmp_path):
-    """As results of so many measurements would; fitted to the same values they would be all but alike."""
-    radon, task, n = Radon(GEOMETRY), asked(1).task, 64
+def test_attenuation_that_no_body_has_is_doubted(data):
+    """As found where input and results are in different units; kept in float32 whatever the samples are in."""
+    radon, number = Radon(GEOMETRY), torch.tensor([TASKS.index("attenuation")])
     truth = data.test_set[[0]].expected
-    noise = 0.1 * truth.max() * torch.randn(n, *truth.shape, generator=keyed_generator("measured"))
-    sampling = BridgeSampling(samples=n, data_consistency=3)
-    once = sampling.fit(truth.expand(n, -1, -1, -1, -1), truth + noise[0], task, GEOMETRY, [7]).samples
-    truly = torch.stack([fit_measured(truth, truth + one, radon, 3) for one in noise])
+    body = quick_image(truth, radon) > 0.1 * truth.max() / 100
+    passed = torch.exp(-0.0096 * radon.project(body.float()))
+    sampling = BridgeSampling(data_consistency=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampling.fit(truth[None], passed * truth, number, GEOMETRY, [7])
+    with pytest.warns(UserWarning, match=r"attenuation that was found in the body is 0\.\d\d of water's in the mean"):
+        found = sampling.fit(truth[None].bfloat16(), 20 * passed * truth, number, GEOMETRY, [7])
+    assert found.samples.dtype == torch.bfloat16
+    assert found.attenuation.dtype == torch.float32
+    assert found.attenuation.max() <= BONE
+
+
+@pytest.mark.parametrize("task", ["low_dose", "attenuation"])
+@pytest.mark.filterwarnings("ignore:The attenuation that was found")  # noise of 1 is no patient
+def test_samples_that_are_fitted_differ_by_what_the_counts_leave_open(task, data):
+    """As results of so many measurements would; fitted to the same values they would be all but alike."""
+    radon, number, n = Radon(GEOMETRY), torch.tensor([TASKS.index(task)]), 64
+    truth, passed = data.test_set[[0]].expected, torch.ones(())
+    if task == "attenuation":
+        passed = torch.exp(-0.004 * radon.project((quick_image(truth, radon) > 0.1).float()))
+    noise = 0.1 * truth.max() * passed * torch.randn(n, *truth.shape, generator=keyed_generator("measured"))
+    sampling = BridgeSampling(samples=n, data_consistency=3, neighbourhood_mm=24.0)
+    measured = passed * truth + noise
+    once = sampling.fit(truth.expand(n, -1, -1, -1, -1), measured[0], number, GEOMETRY, [7]).samples
+    how: tuple[Any, ...] = (radon, 3, None, 24.0)
+    if task == "attenuation":
+        start = explain_uncorrected(truth, measured[0], radon)  # the scan is the same, but for its noise
+        truly = torch.stack([fit_uncorrected(truth, one, *how, start)[0] for one in measured])
+    else:
+        truly = torch.stack([fit_measured(truth, one, *how) for one in measured])
     inside = truth > 0.2 * truth.max()
     spreads = [results.std(0)[inside].mean() for results in (once, truly)]
     assert spreads[0] == pytest.approx(float(spreads[1]), rel=0.2)
-    alone = sampling.fit(truth[None], truth + noise[0], task, GEOMETRY, [7]).samples[0]
+    alone = sampling.fit(truth[None], measured[0], number, GEOMETRY, [7]).samples[0]
     assert (once.mean(0) - alone)[inside].abs().mean() < 0.3 * spreads[0], "about the same mean"
+
+
+def test_several_samples_are_fitted_each_to_noise_of_its_own(data, tmp_path):
+    sampling = BridgeSampling(samples=2, data_consistency=3, nfe=1)
     system = awake(fitted(tmp_path, data))
     given = data.test_set[[0, 1]].input
-    several = system.restore(given, asked(2), [3, 4], replace(sampling, samples=2, nfe=1))
+    several = system.restore(given, asked(2), [3, 4], sampling)
     assert (several.std.amax((1, 2, 3)) > 0).all()
     again = system.restore(given[1:], asked(1), [4], replace(sampling, samples=2, nfe=1))
     torch.testing.assert_close(again.samples[:, 0], several.samples[:, 1], rtol=1e-3, atol=1e-3 * float(given.max()))

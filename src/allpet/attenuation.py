@@ -7,15 +7,17 @@ long been done without networks. With the corrected sinogram ``p = R x``, ``a = 
     uncorrected = a p + s,   s = k B(a p).
 
 *Attenuation and activity*: maximum likelihood of both in turn (MLAA, Nuyts et al., IEEE Trans. Med. Imaging 18, 1999).
-Without time of flight the scan alone cannot tell them apart; here the activity starts at what the network has drawn and
-shares what the counts say among neighbours that look alike in it, the attenuation starts at water, in smooth steps, and
-both make few. *Scatter*: trues blurred widely, ``B``, and scaled to what is counted beside the body (convolution and
-subtraction, Bailey and Meikle, Phys. Med. Biol. 39, 1994); the simulator's own is of that shape, that of a scanner is
-not quite.
+Without time of flight the scan alone cannot tell them apart; here the activity starts at what the network has drawn,
+the attenuation at a body of water, in smooth steps, and both stop after some tens. Steps outside the body are smaller:
+a bed, a head holder or faint fat may attenuate there, but most of what attenuates is the body. *Scatter*: trues blurred
+widely, ``B``, and scaled to what is counted beside the body (convolution and subtraction, Bailey and Meikle, Phys. Med.
+Biol. 39, 1994), none where nothing lies beside it; the simulator's own is of that shape, that of a scanner is not
+quite.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -32,9 +34,12 @@ WATER, BONE = 0.0096, 0.0172
 BEFORE, SMOOTH_MM = 20, 24.0
 """Updates of the attenuation before the activity follows, and full width at half maximum of the Gaussian that each is
 averaged with (a sharp one explains small lesions away): chosen on validation patients (experiments/README.md)."""
+USUAL = (0.6, 1.3)
+"""Mean attenuation of bodies over water's that is not doubted; chests have lungs."""
 NEIGHBOURHOOD_MM = 0.0
 """Of the activity: whole scans have so many counts that every pixel stands alone best, as was found there, too."""
 _BODY_SHARE, _BODY_SMOOTH_MM = 0.1, 8.0  # skin and fat are faint, and the body's edge matters
+_OUTSIDE = 0.2  # of a step, outside the body
 _BESIDE_MM = 10.0  # so far from the body nothing but scatter is counted
 _ROUNDS = 8  # in which the scatter settles
 _EMPTY = 1e-3  # of the largest value; less is taken for as much
@@ -47,14 +52,12 @@ class Explained(NamedTuple):
         attenuation: linear attenuation coefficient at 511 keV, 1/mm, ``(batch, 1, rows, columns)``.
         factor: exp(-R attenuation), the share of photon pairs that leaves the body, ``(batch, 1, views, bins)``.
         scatter: in the unit of the sinograms, ``(batch, 1, views, bins)``.
-        way: of each ray through the body, mm, ``(batch, 1, views, bins)``.
-        body: where something attenuates, ``(batch, 1, rows, columns)``, bool.
+        body: what is taken for the body, ``(batch, 1, rows, columns)``, bool.
     """
 
     attenuation: Tensor
     factor: Tensor
     scatter: Tensor
-    way: Tensor
     body: Tensor
 
 
@@ -84,9 +87,9 @@ def explain_uncorrected(
     trues = corrected.clamp(min=0)
     segment = TransparentMedicalAttention(radon, body_share=_BODY_SHARE, smooth_mm=_BODY_SMOOTH_MM)
     body = segment.areas(quick_image(trues, radon), domain="image").body
-    way = radon.project(body.to(trues))
-    start = WATER * body
-    found = Explained(start, torch.exp(-radon.project(start)), _scatter_beside(uncorrected, way, radon), way, body)
+    start = WATER * body.to(trues)
+    scatter = _scatter_beside(uncorrected, radon.project(body.to(trues)), radon)
+    found = Explained(start, torch.exp(-radon.project(start)), scatter, body)
     for _ in range(updates):
         found = update_attenuation(found, trues, uncorrected, radon, smooth_mm)
     return found
@@ -97,17 +100,22 @@ def update_attenuation(
 ) -> Explained:
     """Bring attenuation nearer to what lies between two sinograms, of which the first is not negative.
 
-    ``mu <- mu + G R' (y (1 - n / (y + s))) / G R' (R(body) y^2 / (y + s))``, ``y = a p``, inside the body and between 0
-    and that of bone (MLTR, Nuyts et al., Phys. Med. Biol. 43, 1998), with a Gaussian G of ``smooth_mm``.
+    ``mu <- mu + w G R' (y (1 - n / (y + s))) / G R' (R(w) y^2 / (y + s))`` between 0 and that of bone (MLTR, Nuyts et
+    al., Phys. Med. Biol. 43, 1998), where n was measured, ``y = a p``, w is 1 in the body and .2 around it, and G is a
+    Gaussian of ``smooth_mm``.
     """
-    blur = gaussian_blur(radon.geometry.image_size, smooth_mm / radon.geometry.pixel_mm).to(corrected)
+    geometry = radon.geometry
+    x, y = geometry.pixel_centers
+    field = (x**2 + y**2 <= (geometry.n_bins * geometry.bin_mm / 2) ** 2).to(corrected)
+    weight = torch.where(found.body, 1.0, _OUTSIDE * field)
+    blur = gaussian_blur(geometry.image_size, smooth_mm / geometry.pixel_mm).to(corrected)
     least = _EMPTY * corrected.amax((2, 3), keepdim=True).clamp_min(torch.finfo(corrected.dtype).tiny)
     passed = found.factor * corrected
     expected = (passed + found.scatter).clamp(min=least)
     rise = blur @ radon.backproject(passed * (1 - uncorrected / expected)) @ blur
-    curvature = blur @ radon.backproject(found.way * passed.square() / expected) @ blur
+    curvature = blur @ radon.backproject(radon.project(weight) * passed.square() / expected) @ blur
     step = torch.where(curvature > 0, rise / torch.where(curvature > 0, curvature, 1), 0)
-    attenuation = (found.attenuation + step).clamp(0, BONE) * found.body
+    attenuation = (found.attenuation + weight * step).clamp(0, BONE)
     return found._replace(attenuation=attenuation, factor=torch.exp(-radon.project(attenuation)))
 
 
@@ -149,6 +157,18 @@ def fit_uncorrected(
         fit.update(found.factor, found.scatter)
         found = update_attenuation(found, fit.sinogram, measured, radon, smooth_mm)
     return fit.sinogram, found
+
+
+def warn_of_attenuation(found: Tensor) -> None:
+    """Warn where the attenuation of bodies, 1/mm, any shape, is not that of bodies in the mean."""
+    share = float(found.mean()) / WATER if found.numel() else 1.0
+    if not USUAL[0] <= share <= USUAL[1]:
+        warnings.warn(
+            f"The attenuation that was found in the body is {share:.2f} of water's in the mean, where {USUAL[0]} to "
+            f"{USUAL[1]} is usual: the scan may be in another unit than the model's results, or corrected already; "
+            "bring them to one unit, or fit nothing (UPDATES=0, data_consistency).",
+            stacklevel=2,
+        )
 
 
 def _scatter_beside(uncorrected: Tensor, way: Tensor, radon: Radon) -> Tensor:

@@ -295,7 +295,7 @@ class MeasuredFit:
 
     @cached_property
     def _usual(self) -> Tensor:
-        return self._explaining(self._ones)
+        return self._spread(self._start * self.radon.backproject(self._ones[:1]))  # the same for all
 
     def update(self, multiplicative: Tensor | None = None, additive: Tensor | None = None) -> None:
         """Bring the sinograms nearer, with all views at once.
@@ -310,8 +310,9 @@ class MeasuredFit:
         seen = self._usual if multiplicative is None else self._explaining(weight)
         for power in self._powers:
             total = self.sinogram.sum(1, keepdim=True)
-            shown = total > self._empty
-            ratio = torch.where(shown, self.measured / torch.where(shown, weight * total + besides, 1), 1)
+            expected = weight * total + besides
+            shown = (total > self._empty) & (expected > 0)
+            ratio = torch.where(shown, self.measured / torch.where(shown, expected, 1), 1)
             factor = self._explaining(weight * ratio).clamp(min=0) / torch.where(seen > 0, seen, 1)
             self._coefficient = self._coefficient * (factor if power is None else factor**power)
             image = self._start * self._mean(self._coefficient)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from allpet.attention import Areas, TransparentMedicalAttention
 from allpet.attenuation import NEIGHBOURHOOD_MM as UNCORRECTED_MM
-from allpet.attenuation import explain_uncorrected, fit_uncorrected
+from allpet.attenuation import explain_uncorrected, fit_uncorrected, warn_of_attenuation
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
 from allpet.consistency import NEIGHBOURHOOD_MM, fit_measured, reproject
@@ -177,7 +177,7 @@ class PairedSampling:
         seeds: Sequence[int],
         attention: Tensor | None = None,
     ) -> Fitted:
-        """Return samples after ``data_consistency`` updates, where they are all that the measurement is the sum of.
+        """Return samples after ``data_consistency`` updates, where the measurement is of the sum of all.
 
         The noise that is added for several samples is what the measurement differs from the sample by, with random
         signs (wild bootstrap, Wu 1986, Liu 1988): it needs no model of the variance, which attenuation and corrections
@@ -199,7 +199,8 @@ class PairedSampling:
         if geometry is None:
             raise RuntimeError("The geometry is unknown, without which no data are fitted: train on data first.")
         radon, samples = Radon(geometry), samples.clone()
-        attenuation = samples.new_zeros(len(measured), 1, *geometry.image_shape)
+        attenuation = torch.zeros(len(measured), 1, *geometry.image_shape, device=samples.device)
+        body = torch.zeros_like(attenuation, dtype=torch.bool)
         kinds = {kind: [row for row in chosen if (int(task[row]) == UNCORRECTED) == kind] for kind in (False, True)}
         pieces = [(kind, rows) for kind, part in kinds.items() for rows in _split(part, self.batch_size)]
         with torch.autocast(samples.device.type, enabled=False):
@@ -222,7 +223,11 @@ class PairedSampling:
                         fitted, found = fit_uncorrected(ours, given, radon, *how, start)
                         results[rows] = fitted.to(results)
                         attenuation[rows] += found.attenuation / len(samples)
-        return Fitted(samples, attenuation if kinds[True] else None)
+                        body[rows] |= found.body
+        if not kinds[True]:
+            return Fitted(samples, None)
+        warn_of_attenuation(attenuation[body])
+        return Fitted(samples, attenuation)
 
 
 class PairedSystem(LatentSystem):
