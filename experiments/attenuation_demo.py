@@ -6,7 +6,8 @@
 The file is one that ``allpet-data attenuation-pairs`` has made. Slices of one patient are split into blocks of
 neighbours with a gap between them. A latent bridge, begun from the newest stage 2, and a regression U-Net on sinograms
 without one are fine-tuned as ``make finetune`` does it, on the first block, and judged on the last, beside the input
-itself. Of one patient that is a demonstration, which the page and the numbers say.
+itself; what they give by one call is also fitted to the input. Of one patient that is a demonstration, which the page
+and the numbers say.
 
 Leaves ``outputs/reports/attenuation_demo.json`` (means over the slices tried, nothing of a single one), ``.md``,
 ``.png`` and ``.html``, one page that needs no other file, and the trainings in ``outputs/attenuation_demo/``. Given
