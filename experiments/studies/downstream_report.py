@@ -490,10 +490,13 @@ def _one_for_all(found: _Found) -> str:
 def _longer(found: _Found) -> str:
     """Say what more steps bring."""
     parts = []
+    ways = [0, *(updates for updates, _ in found.plan.fitting[-1:])]
     for longer, method in LONGER.items():
-        groups = [found.of(name, nfe=1, samples=1, updates=0) for name in (method, longer)]
-        if all(groups):
-            parts.append(f"{method} {'; '.join(map(_in_short, groups))}")
+        for updates in ways:
+            groups = [found.of(name, nfe=1, samples=1, updates=updates) for name in (method, longer)]
+            if all(groups):
+                fitted = f", {updates} updates," * bool(updates)
+                parts.append(f"{method}{fitted} {'; '.join(map(_in_short, groups))}")
     if not parts:
         return _missing(*LONGER)
     return (
