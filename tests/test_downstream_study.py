@@ -455,6 +455,14 @@ def test_conclusions_of_the_other_tasks_and_of_what_helps():
     assert "bias): 29.00 dB, lesions -5.0 %, tissues 1.0 %; 30.00 dB, lesions" in text
     assert "600 steps and 4 times as many, one call" in text
     assert "bias): bridge 30.00 dB, lesions -5.0 %, tissues 1.0 %; 34.00 dB, lesions -5.0 %, tissues 0.5 %." in text
+    fitted = [row("regression"), row("regression_longer", psnr=31.0)]
+    for one in fitted:
+        one["lines"] += [{**one["lines"][0], "updates": n, "psnr": one["lines"][0]["psnr"] + n / 16} for n in (16, 32)]
+    text = said("attenuation", *fitted)
+    assert "Data consistency, 0 updates, 16, 32 with every pixel alone after one call" in text
+    assert "regression 30.00 dB, lesions -5.0 %, tissues 1.0 %; 31.00 dB" in text
+    assert "regression, 32 updates, 32.00 dB, lesions -5.0 %, tissues 1.0 %; 33.00 dB, lesions" in text
+    assert "32 updates" not in said("low_dose", *fitted), "by 16 are fitted what measures low doses"
     covered = row("bridge", samples=16, coverage_90=0.8, coverage_90_quantile=0.7)
     covered["lines"].append({**covered["lines"][0], "nfe": 20, "coverage_90": 0.9, "coverage_90_quantile": 0.8})
     text = said("low_dose", covered)
