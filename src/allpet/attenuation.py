@@ -53,12 +53,16 @@ class Explained(NamedTuple):
         factor: exp(-R attenuation), the share of photon pairs that leaves the body, ``(batch, 1, views, bins)``.
         scatter: in the unit of the sinograms, ``(batch, 1, views, bins)``.
         body: what is taken for the body, ``(batch, 1, rows, columns)``, bool.
+        weight: share of a step that each pixel takes, in the shape of ``body``.
+        way: of each ray through the weights, mm, ``(batch, 1, views, bins)``.
     """
 
     attenuation: Tensor
     factor: Tensor
     scatter: Tensor
     body: Tensor
+    weight: Tensor
+    way: Tensor
 
 
 @torch.no_grad()
@@ -89,7 +93,11 @@ def explain_uncorrected(
     body = segment.areas(quick_image(trues, radon), domain="image").body
     start = WATER * body.to(trues)
     scatter = _scatter_beside(uncorrected, radon.project(body.to(trues)), radon)
-    found = Explained(start, torch.exp(-radon.project(start)), scatter, body)
+    geometry = radon.geometry
+    x, y = geometry.pixel_centers
+    field = (x**2 + y**2 <= (geometry.n_bins * geometry.bin_mm / 2) ** 2).to(trues)
+    weight = torch.where(body, 1.0, _OUTSIDE * field)
+    found = Explained(start, torch.exp(-radon.project(start)), scatter, body, weight, radon.project(weight))
     for _ in range(updates):
         found = update_attenuation(found, trues, uncorrected, radon, smooth_mm)
     return found
@@ -102,20 +110,23 @@ def update_attenuation(
 
     ``mu <- mu + w G R' (y (1 - n / (y + s))) / G R' (R(w) y^2 / (y + s))`` between 0 and that of bone (MLTR, Nuyts et
     al., Phys. Med. Biol. 43, 1998), where n was measured, ``y = a p``, w is 1 in the body and .2 around it, and G is a
-    Gaussian of ``smooth_mm``.
+    Gaussian.
+
+    Args:
+        found: what lies between them so far.
+        corrected: ``(batch, 1, views, bins)``, activity x mm.
+        uncorrected: in the same shape and unit.
+        radon: the projector of their geometry.
+        smooth_mm: full width at half maximum of the Gaussian.
     """
-    geometry = radon.geometry
-    x, y = geometry.pixel_centers
-    field = (x**2 + y**2 <= (geometry.n_bins * geometry.bin_mm / 2) ** 2).to(corrected)
-    weight = torch.where(found.body, 1.0, _OUTSIDE * field)
-    blur = gaussian_blur(geometry.image_size, smooth_mm / geometry.pixel_mm).to(corrected)
+    blur = gaussian_blur(radon.geometry.image_size, smooth_mm / radon.geometry.pixel_mm).to(corrected)
     least = _EMPTY * corrected.amax((2, 3), keepdim=True).clamp_min(torch.finfo(corrected.dtype).tiny)
     passed = found.factor * corrected
     expected = (passed + found.scatter).clamp(min=least)
     rise = blur @ radon.backproject(passed * (1 - uncorrected / expected)) @ blur
-    curvature = blur @ radon.backproject(radon.project(weight) * passed.square() / expected) @ blur
+    curvature = blur @ radon.backproject(found.way * passed.square() / expected) @ blur
     step = torch.where(curvature > 0, rise / torch.where(curvature > 0, curvature, 1), 0)
-    attenuation = (found.attenuation + weight * step).clamp(0, BONE)
+    attenuation = (found.attenuation + found.weight * step).clamp(0, BONE)
     return found._replace(attenuation=attenuation, factor=torch.exp(-radon.project(attenuation)))
 
 
