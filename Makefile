@@ -135,8 +135,6 @@ restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA=
 	@test -n "$(TASK)" -a -n "$(DATA)" || \
 		{ echo "Name task and folder: make restore TASK=low_dose DATA=folder DOSE=0.05 PROMPT=FDG:brain."; exit 1; }
 	@test -z "$(METHOD)" -o "$(METHOD)" = prior || { echo "METHOD is prior (stage 2 alone), or nothing."; exit 1; }
-	@test -z "$(UPDATES)" -o -n "$(filter low_dose attenuation separation,$(TASK))" || \
-		{ echo "UPDATES fit results to their input, which measures them in low_dose, attenuation and separation alone: leave it out."; exit 1; }
 	$(BIN)/allpet predict -c experiments/restore.yaml $(RESTORE_MODEL) --data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
 sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)

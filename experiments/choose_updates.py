@@ -1,12 +1,13 @@
 """How many updates towards the measured input, and among how wide a neighbourhood: chosen on validation patients.
 
-    python experiments/choose_updates.py [--task low_dose|attenuation] [--publish]
+    python experiments/choose_updates.py [--task low_dose|attenuation|delayed|conversion] [--publish]
 
 The bridge of the downstream study, trained if it is not there, restores slices of patients that it was not trained on
 and that are not those of the study's tables, by one call; its results are fitted to the input in each way: by
 ``allpet.consistency``'s ``fit_measured``, without attenuation correction by ``allpet.attenuation``'s
-``fit_uncorrected``, of which also the updates of the attenuation that go before and how smooth these are, is tried. The
-defaults were read from these tables; separation shares those of low dose. 6 minutes on one core beside the training.
+``fit_uncorrected``, of which also the updates of the attenuation that go before and how smooth these are, is tried;
+of delayed scans and conversion by what ``fit_measured`` brings to the input, carried over. The defaults were read from
+the tables of low dose and attenuation; other tasks share those of low dose. 6 minutes on one core beside the training.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,21 @@ from torch import Tensor
 from allpet import BridgeSampling, Condition, Radon, attenuation
 from allpet.consistency import NEIGHBOURHOOD_MM, fit_measured
 from allpet.reports import FOLDER, table, write_report
-from allpet.simulation.tasks import PairOptions
+from allpet.simulation.tasks import RELATED, PairOptions
 
 REDUCTIONS = (4, 20, 100)
-NEIGHBOURHOODS = {"low_dose": (0.0, 12.0, 24.0, 36.0), "attenuation": (0.0, 8.0, 12.0, 24.0)}
-NUMBERS = {"low_dose": (2, 4, 8, 16, 32), "attenuation": (8, 16, 32, 64)}
+_USUAL, _NEAR = (2, 4, 8, 16, 32), (0.0, 12.0, 24.0, 36.0)
+NEIGHBOURHOODS = {"low_dose": _NEAR, "attenuation": (0.0, 8.0, 12.0, 24.0), **dict.fromkeys(RELATED, _NEAR)}
+NUMBERS = {"low_dose": _USUAL, "attenuation": (8, 16, 32, 64), **dict.fromkeys(RELATED, _USUAL)}
 BEFORE, SMOOTH = (5, 10, 20, 40), (12.0, 24.0, 48.0)
 """Updates of the attenuation that go before, and the Gaussian of all of them, mm, tried with the other defaults."""
 UNITS = (0.8, 1.25)
 """By which the input is off the unit of the targets, likewise."""
 SHOWN = {"psnr": 1, "ssim": 1, "psnr_image": 1, "tissue_bias": 100, "worst_bias": 100, "lesion_max_bias": 100}
 """What is shown of the scores, and what it is multiplied by: 100 for per cent."""
+
+
+_WIDTH = "neighbourhood_mm"
 
 
 def measure(plan: Plan, seed: int, patients: int) -> list[dict[str, Any]]:
@@ -48,9 +54,16 @@ def measure(plan: Plan, seed: int, patients: int) -> list[dict[str, Any]]:
         held_out = HeldOut(data.val_set[list(range(len(data.val_set)))], Radon(data.geometry))
         pairs = held_out.pairs
         condition, seeds = Condition.of_pairs(pairs), pairs.sample_id.tolist()
-        drawn = system.restore(pairs.input, condition, seeds, BridgeSampling(nfe=1)).mean
+        restore = partial(system.restore, pairs.input, condition, seeds)
+        drawn = restore(BridgeSampling(nfe=1)).mean
         for way in ways(plan.task):
-            scores = held_out.score(fitted(drawn, pairs.input, held_out.radon, **way)).numbers
+            if plan.task in RELATED:  # the system knows what it makes of the input itself
+                result = restore(
+                    BridgeSampling(nfe=1, data_consistency=way["updates"], neighbourhood_mm=way[_WIDTH])
+                ).mean
+            else:
+                result = fitted(drawn, pairs.input, held_out.radon, **way)
+            scores = held_out.score(result).numbers
             shown = {name + "_%" * (times > 1): times * float(scores[name]) for name, times in SHOWN.items()}
             rows.append({"reduction": reduction, **way, **shown})
             print(rows[-1], flush=True)
@@ -61,7 +74,7 @@ def ways(task: str) -> list[dict[str, Any]]:
     """Return what is tried of a task."""
     grid = [(width, number) for width in NEIGHBOURHOODS[task] for number in NUMBERS[task]]
     tried = [{"neighbourhood_mm": width, "updates": number} for width, number in [(0.0, 0), *grid]]
-    if task == "low_dose":
+    if task != "attenuation":
         return tried
     usual = {"before": attenuation.BEFORE, "smooth_mm": attenuation.SMOOTH_MM, "unit": 1.0}
     ours = {"neighbourhood_mm": attenuation.NEIGHBOURHOOD_MM, "updates": UNCORRECTED_UPDATES[-1]}
@@ -101,7 +114,7 @@ def said(rows: Sequence[dict[str, Any]]) -> str:
         ways = {f"{alone} alone": at[0.0, alone], f"{UPDATES[-1]} alone": at[0.0, UPDATES[-1]]}
         ways[f"{UPDATES[-1]} among neighbours"] = at[NEIGHBOURHOOD_MM, UPDATES[-1]]
         shown = [f"{name} {_in_short(row)}" for name, row in ways.items()]
-        parts.append(f"reduction {reduction}: {'; '.join(shown)}")
+        parts.append(f"reduction {reduction}: " * (reduction > 1) + "; ".join(shown))
     return f"Best PSNR without neighbours, and the defaults: {'. '.join(parts)}."
 
 
@@ -151,10 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache=given.cache,
     )
     rows = measure(plan, given.seed, given.patients)
-    low_dose = given.task == "low_dose"
     how = "towards the input as measured (fit_measured)"
+    if given.task in RELATED:
+        how += ", of the image that the model holds of it, and what they bring to that carried over to the result"
     ours = f"{UPDATES[-1]} updates and {NEIGHBOURHOOD_MM:g} mm, and {ALONE} alone for comparison,"
-    if not low_dose:
+    if given.task == "attenuation":
         how = (
             "towards the input, with attenuation and scatter that are found between the two (fit_uncorrected): by "
             "updates of their own, so many before and one after each of EM, averaged with a Gaussian of smooth_mm, and "
@@ -169,8 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"look alike in the result share what the counts say (kernelised EM), or every pixel is alone (0 mm). Columns "
         f"as in the downstream tables. The defaults, {ours} were read from it. {said(rows)}"
     )
-    title = "Updates towards the measured input, and neighbours that share them" + ": attenuation" * (not low_dose)
-    name = "choose_updates" + "_attenuation" * (not low_dose)
+    other = "" if given.task == "low_dose" else given.task
+    title = "Updates towards the measured input, and neighbours that share them" + f": {other}" * bool(other)
+    name = "choose_updates" + f"_{other}" * bool(other)
     path = write_report(name, rows, [given.seed], given.reports, title=title, remarks=remarks)
     if given.publish:
         shutil.copy(path, HERE / "results" / path.name)

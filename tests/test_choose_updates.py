@@ -63,6 +63,34 @@ def test_the_table_is_of_validation_patients_and_says_what_the_updates_bring(mon
     assert report["seeds"] == [3]
 
 
+def test_of_delayed_scans_the_model_carries_over_what_is_tried(monkeypatch, tmp_path):
+    asked = []
+
+    class Model:
+        def restore(self, given, condition, seeds, sampling) -> Restored:
+            asked.append((sampling.neighbourhood_mm, sampling.data_consistency))
+            return Restored(given, torch.zeros_like(given), given[None])
+
+    def pairs_of(self, **given):
+        data = PairedTask("delayed", GEOMETRY, cache=str(tmp_path / "cache"), **given)
+        data.setup()
+        return data
+
+    monkeypatch.setattr(Plan, "pairs_of", pairs_of)
+    monkeypatch.setattr(Plan, "finetune", lambda *arguments: Model())
+    monkeypatch.setitem(choose_updates.NUMBERS, "delayed", (4, 16))
+    monkeypatch.setitem(choose_updates.NEIGHBOURHOODS, "delayed", (0.0, 24.0))
+    places = ["--output", str(tmp_path / "studies"), "--reports", str(tmp_path / "reports")]
+    choose_updates.main(["--task", "delayed", "--patients", "2", *places])
+    ways = [(0.0, 0), (0.0, 4), (0.0, 16), (24.0, 4), (24.0, 16)]
+    assert asked == [(None, 0), *ways], "once to begin with"
+    report = json.loads((tmp_path / "reports/choose_updates_delayed.json").read_text())
+    assert [(row["neighbourhood_mm"], row["updates"]) for row in report["rows"]] == ways
+    assert report["title"].endswith("that share them: delayed")
+    assert "and the defaults: 0 alone" in report["remarks"]
+    assert "reduction" not in report["remarks"], "delayed scans have none"
+
+
 def test_the_defaults_are_held_beside_what_is_best_alone():
     def row(width: float, number: int, psnr: float) -> dict[str, float]:
         return {"reduction": 20, "neighbourhood_mm": width, "updates": number, "psnr": psnr} | {

@@ -312,6 +312,51 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         consistency.fit_measured(good, good, radon, 1, neighbourhood_mm=-1.0)
 
 
+def test_what_a_fit_brings_to_one_scan_is_carried_over_to_another_of_the_same() -> None:
+    """A model that blurs both, and draws spots too faint, is told by the one how hot they are in the other."""
+    radon = Radon(LAPTOP)
+    first, blurred, measured, spots = _faint_and_measured()
+    x, y = LAPTOP.pixel_centers
+    disc = ((x - 20) ** 2 + y**2 < 130**2).float()
+    later, faint = (radon.project((0.8 * disc + heat * spots)[:, None]) for heat in (4.5, 2.25))
+
+    def far(p: torch.Tensor) -> float:
+        return float((p - later).norm() / later.norm())
+
+    carried = consistency.carry_over(faint, blurred, measured, radon, 16)
+    assert far(carried) < 0.7 * far(faint)
+    assert far(carried) < 0.5 * far(first), "what it is measured by is another scan"
+    assert carried.min() >= 0
+    assert consistency.helgason_ludwig_residual(carried, LAPTOP).max() < 1e-3
+    itself = consistency.carry_over(blurred, blurred, measured, radon, 3)
+    fitted = consistency.fit_measured(blurred, measured, radon, 3)
+    torch.testing.assert_close(itself, fitted, rtol=1e-4, atol=1e-4 * float(fitted.max()))
+    right = consistency.carry_over(faint, first, consistency.reproject(first, radon), radon, 3)
+    stays = consistency.reproject(faint, radon)
+    torch.testing.assert_close(right, stays, rtol=1e-3, atol=1e-3 * float(stays.max()))
+    units = consistency.carry_over(3 * faint, 7 * blurred, 7 * measured, radon, 3)
+    once = 3 * consistency.carry_over(faint, blurred, measured, radon, 3)
+    torch.testing.assert_close(units, once, rtol=1e-3, atol=1e-3 * float(once.max()))
+
+
+@pytest.mark.parametrize("neighbourhood_mm", [0.0, 24.0])
+def test_where_the_other_scan_shows_nothing_a_result_stays(neighbourhood_mm: float) -> None:
+    _, faint, measured, _ = _faint_and_measured()
+    radon = Radon(LAPTOP)
+    nothing = consistency.carry_over(faint, 0 * faint, measured, radon, 2, neighbourhood_mm=neighbourhood_mm)
+    torch.testing.assert_close(nothing, consistency.reproject(faint, radon))
+
+
+def test_what_cannot_be_carried_over_is_refused() -> None:
+    radon, good = Radon(LAPTOP), torch.ones(2, 1, 64, 80)
+    with pytest.raises(
+        ValueError, match=r"The result's shape is \(1, 1, 64, 80\) and the reference's \(2, 1, 64, 80\)"
+    ):
+        consistency.carry_over(good[:1], good, good, radon, 1)
+    with pytest.raises(ValueError, match=r"updates is 0, but must be at least 1"):
+        consistency.carry_over(good, good, good, radon, 0)
+
+
 def test_an_unknown_correction_is_refused() -> None:
     with pytest.raises(ValueError, match="consistency is 'magic', but must be one of bow_tie, helgason_ludwig"):
         consistency.make_consistent(torch.ones(1, 1, 64, 80), Radon(LAPTOP), "magic")

@@ -216,7 +216,15 @@ def test_every_required_row_is_there_and_what_matters_most_comes_first(task):
     assert len(set(keys)) == len(keys)
     assert keys[0] == "identity"
     methods = {row.facts["method"] for row in rows}
-    assert {"identity", "regression", "bridge", "stage1", "multi_task", "regression_synthetic"} <= methods
+    assert {
+        "identity",
+        "identity_reprojected",
+        "regression",
+        "bridge",
+        "stage1",
+        "multi_task",
+        "regression_synthetic",
+    } <= methods
     low_dose = {"gauss_oracle", "regression_pixels", "conditional", "ddbm", "attention", "prior", "bridge_scratch"}
     assert (low_dose <= methods) == (task == "low_dose")
     for seed in (0, 1, 2):
@@ -285,9 +293,10 @@ def test_untrained_rows_run_and_are_reported(tmp_path, held_out):
     untrained = [row for row in downstream.rows(plan) if row.key in downstream.UNTRAINED]
     outcome = run_rows(untrained, plan.folder)
     lines = downstream.expanded(outcome.done)
-    assert [line["method"] for line in lines] == ["identity", "gauss_oracle", "osem_oracle"]
+    assert [line["method"] for line in lines] == ["identity", "identity_reprojected", "gauss_oracle", "osem_oracle"]
     assert lines[0]["l2"] == 0, "here the input is the target"
-    assert lines[1]["l2"] == 0, "and needs no filter"
+    assert 0 < lines[1]["l2"] < 0.2, "whose image is less sharp"
+    assert lines[2]["l2"] == 0, "and needs no filter"
     assert (tmp_path / "downstream_low_dose/identity/scores.pt").exists()
     said = downstream_report.conclusions(plan, outcome)
     assert said.pop() == "Lesions: 4 that can be seen, of 2 patients."
@@ -438,17 +447,25 @@ def test_what_data_consistency_brings_is_said_for_each_method_and_against_all_th
     apart = said("separation", *rows)
     assert "Data consistency, 0 updates, 4 with every pixel alone, and 8, 16 after one call" in apart
     assert (
-        "beside regression, 1 call, 8 updates of data consistency (1 seed): mean tissue bias 1.0 % against 3" in apart
+        "beside regression, 1 call, 8 updates of data consistency (1 seed): sinogram PSNR 34.00 dB against 34.50 dB: "
+        "not better; mean tissue bias 1.0 % against 3" in apart
     )
-    assert "Data consistency" not in said("delayed", *rows)
+    carried = (
+        "Data consistency carried over from the input, 0 updates, 4 with every pixel alone, and 8, 16 after one call"
+    )
+    assert carried in said("delayed", *rows)
+    assert carried in said("conversion", *rows)
 
 
 def test_conclusions_of_the_other_tasks_and_of_what_helps():
     text = said("attenuation", row("bridge", hl0=0.04), row("regression", psnr=29.0))
     assert "worst tissue 5 % (at most 10 %: holds); Helgason-Ludwig moment 0 0.04 (at most 0.03: does not hold)" in text
     text = said("delayed", row("bridge"), row("identity", nfe=0, tissue_bias=0.2), row("regression", tissue_bias=0.005))
-    assert "beside identity (1 seed): mean tissue bias 1.0 % against 20.0 %: better" in text
-    assert "beside regression, 1 call (1 seed): mean tissue bias 1.0 % against 0.5 %: not better" in text
+    alike = "sinogram PSNR 30.00 dB against 30.00 dB: not better; mean tissue bias 1.0 % against"
+    assert f"beside identity (1 seed): {alike} 20.0 %: better" in text
+    assert f"beside regression, 1 call (1 seed): {alike} 0.5 %: not better" in text
+    noisy = said("delayed", row("bridge"), row("identity_reprojected", nfe=0, psnr=29.0))
+    assert "beside identity_reprojected (1 seed): sinogram PSNR 30.00 dB against 29.00 dB: better; mean" in noisy
     more = [row("multi_task", psnr=29.0), row("bridge_longer", psnr=34.0, tissue_bias=0.005)]
     text = said("attenuation", row("bridge"), *more)
     assert "One bridge for all tasks and the task's own, one call" in text

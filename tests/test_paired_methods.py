@@ -33,8 +33,9 @@ from allpet import (
     symmetry,
 )
 from allpet.attenuation import BONE, explain_uncorrected, fit_uncorrected
+from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE
-from allpet.consistency import fit_measured, quick_image
+from allpet.consistency import carry_over, fit_measured, quick_image, reproject
 from allpet.metrics import moment_residuals, psnr
 from allpet.prompts import Prompt
 from allpet.randomness import keyed_generator
@@ -42,7 +43,7 @@ from allpet.simulation.tasks import TASKS
 from allpet.systems.focus import Focus
 from allpet.systems.knowledge import Knowledge, Seen, level
 from allpet.systems.paired import PairedSystem
-from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
+from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle, ReprojectedIdentity
 
 DDBM = {
     "bridge": Bridge("vp", first=1e-4, end_share=0.0),
@@ -372,15 +373,59 @@ def test_reprojecting_needs_a_geometry():
 @pytest.mark.parametrize("name", ["bridge", "pixels", "conditional"])
 def test_results_are_fitted_to_what_their_input_measures_and_to_nothing_else(name, data, tmp_path):
     system = awake(fitted(tmp_path, data, **METHODS[name]))
-    system.knowledge = None  # for it has not learned what is delayed
+    system.knowledge = None  # for it has not learned separation
     given = data.test_set[[0, 1]].input
-    condition = asked(2)._replace(task=torch.tensor([TASKS.index("low_dose"), TASKS.index("delayed")]))
+    condition = asked(2)._replace(task=torch.tensor([TASKS.index("low_dose"), TASKS.index("separation")]))
     before = system.restore(given, condition, [3, 4], system.sampling).mean
     after = system.restore(given, condition, [3, 4], replace(system.sampling, data_consistency=2)).mean
-    assert torch.equal(after[1], before[1]), "the delayed frame is not what was measured"
+    assert torch.equal(after[1], before[1]), "one of two tracers is not what was measured"
     wanted = fit_measured(before[:1], given[:1] / system.input_scale(condition.task)[:1], Radon(GEOMETRY), 2)
     torch.testing.assert_close(after[:1], wanted, rtol=1e-4, atol=1e-4 * float(wanted.max()))
     assert (after[0] - before[0]).norm() > 0.01 * before[0].norm()
+
+
+@pytest.mark.parametrize("iterations", [0, 1])
+@pytest.mark.parametrize("name", ["bridge", "pixels", "conditional"])
+def test_other_scans_are_corrected_as_what_the_model_makes_of_the_input_is(name, iterations, data, tmp_path):
+    system = awake(fitted(tmp_path, data, **(METHODS[name] | {"reproject": iterations})))
+    system.knowledge = None
+    system.input_ratio.fill_(1.5)
+    given, radon = data.train_set[[0, 1, 2]].input, Radon(GEOMETRY)
+    tasks = [TASKS.index(task) for task in ("delayed", "low_dose", "conversion")]
+    condition, later = asked(3)._replace(task=torch.tensor(tasks)), [0, 2]
+    before = system.restore(given, condition, [3, 4, 5], system.sampling).mean
+    sampling = replace(system.sampling, data_consistency=2)
+    after = system.restore(given, condition, [3, 4, 5], sampling).mean
+    measured = given / 1.5
+    start = reproject(measured, radon, iterations) if iterations else measured
+    itself = system.autoencoder.scaling(unmasked_stack(start))
+    itself = system.autoencoder.decode(system.autoencoder.encode_mean(itself), GEOMETRY.sinogram_shape).full
+    itself = system.autoencoder.scaling.inverse(itself)
+    wanted = carry_over(before[later], itself[later], measured[later], radon, 2)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3 * float(wanted.max())}
+    torch.testing.assert_close(after[later], wanted, **tolerance)
+    torch.testing.assert_close(after[1:2], fit_measured(before[1:2], measured[1:2], radon, 2), **tolerance)
+    area = torch.zeros(1, 1, *GEOMETRY.image_shape, dtype=torch.bool)
+    area[..., 6:10, 6:10] = True
+    looked = system.restore(given, condition, [3, 4, 5], sampling, roi=area).mean
+    wanted = carry_over(before[later], itself[later], measured[later], radon, 2, 1 + area.float())
+    torch.testing.assert_close(looked[later], wanted, **tolerance)
+
+
+def test_samples_of_delayed_scans_differ_by_what_the_first_scan_leaves_open(data):
+    """Noise is what the first scan differs from what the model makes of it by, not from the delayed result."""
+    number, sampling = torch.tensor([TASKS.index("delayed")]), BridgeSampling(samples=8, data_consistency=3)
+    first = data.test_set[[0]].expected
+    later, radon = 2 * first, Radon(GEOMETRY)
+    draws = later.expand(8, -1, -1, -1, -1)
+    clean = sampling.fit(draws, reproject(first, radon), number, GEOMETRY, [7], None, first).samples
+    noise = 0.1 * first.max() * torch.randn(first.shape, generator=keyed_generator("first scan"))
+    noisy = sampling.fit(draws, first + noise, number, GEOMETRY, [7], None, first).samples
+    inside = first > 0.2 * first.max()
+    spreads = [float((one.std(0) / one.mean(0))[inside].mean()) for one in (clean, noisy)]
+    assert spreads[0] < 0.25 * spreads[1]
+    with pytest.raises(ValueError, match="reference is None, but delayed needs what the model makes of inputs"):
+        sampling.fit(draws, first, number, GEOMETRY, [7])
 
 
 def test_without_attenuation_correction_results_are_fitted_to_the_input_as_it_is(data, tmp_path):
@@ -783,6 +828,13 @@ def test_identity_gives_each_target_its_total():
     assert not result.std.any()
     with pytest.raises(ValueError, match="must hold activity"):
         identity.fit(0 * batch.input, batch.expected)
+
+
+def test_the_input_reprojected_is_where_trained_methods_begin(data, tmp_path):
+    system, given = fitted(tmp_path, data, reproject=2), data.train_set[[0, 1, 2]].input
+    system.input_ratio.fill_(1)
+    method = ReprojectedIdentity(Radon(GEOMETRY)).fit(given, 3 * given)
+    torch.testing.assert_close(method.restore(given).mean, 3 * system.starting(given))
 
 
 def test_identity_knows_the_tracers_where_it_is_told(data):

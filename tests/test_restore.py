@@ -211,11 +211,12 @@ def test_what_is_noted_of_sampling_is_what_came_into_play(folder, tmp_path):
     system.geometry, system.orientations = GEOMETRY, Orientations(180.0, True)
     system.save_pretrained(tmp_path / "plain")
     bare = ["--data.dose", "null"]
-    cases = {"low_dose": (16, []), "attenuation": (16, bare), "delayed": (0, [*bare, "--data.delay_min", "60"])}
-    for task, (updates, more) in cases.items():
+    cases = {"low_dose": [], "attenuation": bare, "delayed": [*bare, "--data.delay_min", "60"]}
+    cases["conversion"] = [*bare, "--data.target_tracers", "[PSMA]"]
+    for task, more in cases.items():
         run = restore(tmp_path / "plain", folder / "p8", "--data.gain", "1", "--data.task", task, *more)
         noted = read_scan(run / "sinograms/bare.h5").provenance
-        assert f"data_consistency={updates}," in noted["sampling"]
+        assert "data_consistency=16," in noted["sampling"]
         assert noted["orientations"] == 3  # one for each sample, though there are many more
         assert (run / "attenuation").exists() == (task == "attenuation")
 

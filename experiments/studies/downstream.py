@@ -34,7 +34,7 @@ from allpet.simulation.tasks import TASKS
 from allpet.systems.pair_synthesis import FORWARD, PHYSICS, synthesise_pairs
 from allpet.systems.paired import PairedSampling, PairedSystem, Restored
 from allpet.systems.prior_restoration import PriorRestoration
-from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle
+from allpet.systems.simple_methods import GaussOracle, Identity, OsemOracle, ReprojectedIdentity
 from data_modules.paired_set import write_pairs
 from studies.downstream_plan import UPDATES, Plan
 from studies.downstream_scores import calibration
@@ -58,7 +58,8 @@ LONGER = {"bridge_longer": "bridge", "regression_longer": "regression"}
 TIMES = 4
 SEVERAL = ("bridge", "regression", "regression_pixels")
 """Methods of which the mean of several one-call samples is judged, too, each in an orientation of its own."""
-UNTRAINED = ("identity", "gauss_oracle", "osem_oracle")
+UNTRAINED = ("identity", "identity_reprojected", "gauss_oracle", "osem_oracle")
+IDENTITIES = UNTRAINED[:2]
 _NONE = {"nfe": 0, "samples": 1, "turned": False, "attention": "", "updates": 0, "neighbourhood_mm": 0.0}  # no network
 SAMPLING = Sampling("dpm++2m", 20, guidance=GUIDANCE)
 """How the targets of generated pairs are drawn."""
@@ -98,14 +99,14 @@ def rows(plan: Plan) -> list[Row]:
         if method == "regression_synthetic":
             facts |= {"guidance": SAMPLING.guidance, "generated": _generated(plan, pairs), "noise": "of view sums"}
         if method in UNTRAINED:
-            facts["told"] = "training pairs" if method == "identity" else "each slice"
+            facts["told"] = "training pairs" if method in IDENTITIES else "each slice"
         found.setdefault(key, Row(key, facts, partial(_measure, plan, method, pairs, seed)))
 
     low_dose = plan.task == "low_dose"
     main = ["bridge", "regression"]
     if low_dose:
         main += ["regression_pixels", "ddbm", "attention", "conditional"]
-    for method in UNTRAINED if low_dose else UNTRAINED[:1]:
+    for method in UNTRAINED if low_dose else IDENTITIES:
         add(method, plan.seeds[0])
     for seed in plan.seeds:
         for method in ("stage1", *main):
@@ -266,7 +267,7 @@ def facts_of(sampling: PairedSampling, attention: str = "") -> dict[str, Any]:
 
 
 def _fitted(plan: Plan, sampling: PairedSampling) -> list[PairedSampling]:
-    """Return the same with as many updates towards the input as are judged; none where it does not measure."""
+    """Return the same with as many updates towards the input as are judged."""
     return [replace(sampling, data_consistency=n, neighbourhood_mm=width) for n, width in plan.fitting]
 
 
@@ -292,9 +293,10 @@ def _through_stage1(plan: Plan, seed: int) -> Tensor:
 
 def _untrained(plan: Plan, method: str) -> Line:
     pairs = plan.held_out.pairs
-    if method == "identity":
+    if method in IDENTITIES:
         known = plan.training_pairs(plan.pairs)
-        identity = Identity().fit(known.input, known.expected, Condition.of_pairs(known))
+        identity = Identity() if method == "identity" else ReprojectedIdentity(plan.held_out.radon)
+        identity.fit(known.input, known.expected, Condition.of_pairs(known))
         return Line(_NONE, restore(plan, identity.restore).mean, {})
     if method == "osem_oracle":
         reconstruction = OsemOracle(plan.held_out.radon).fit(pairs.input, pairs.expected)

@@ -21,7 +21,7 @@ from allpet.io.atomic import replacing
 from allpet.pretrained import pretrained_class
 from allpet.randomness import keyed_generator
 from allpet.runs import newest_pretrained
-from allpet.simulation.tasks import MEASURING, PairedBatch, PairOptions
+from allpet.simulation.tasks import RELATED, PairedBatch, PairOptions
 from allpet.systems.conditional_diffusion import ConditionalDiffusion
 from allpet.systems.latent_bridge import LatentBridge
 from allpet.systems.paired import PairedSystem
@@ -31,7 +31,7 @@ from studies.downstream_scores import HeldOut
 from studies.training import HERE, Budget, Recipe, scale_file, train
 
 UPDATES = (8, 16)
-"""Of ``data_consistency``, by which results are judged besides, where the input measures the targets."""
+"""Of ``data_consistency``, by which results are judged besides, where the input says something of the targets."""
 ALONE = 4
 """The same with every pixel alone (``neighbourhood_mm`` 0): as many as are best so."""
 UNCORRECTED_UPDATES = (16, 32)
@@ -85,16 +85,16 @@ class Plan:
         fitted: dict[str, Any] = {"data_consistency": list(UPDATES), "alone": ALONE}
         if self.task == "attenuation":
             fitted = {"data_consistency": list(UNCORRECTED_UPDATES), "fit": "of activity and attenuation"}
-        elif self.task not in MEASURING:
-            fitted = {}
+        elif self.task in RELATED:
+            fitted |= {"fit": "of the input, carried over"}
         return facts | {"test_patients": self.test_patients, "scale": Path(self.scale).stem} | fitted
 
     @property
     def fitting(self) -> list[tuple[int, float]]:
-        """Updates, and their neighbourhood in mm, by which results are judged besides; none where nothing measures."""
+        """Updates, and their neighbourhood in mm, by which results are judged besides."""
         if self.task == "attenuation":
             return [(updates, UNCORRECTED_MM) for updates in UNCORRECTED_UPDATES]
-        return [(ALONE, 0.0), *((updates, NEIGHBOURHOOD_MM) for updates in UPDATES)] if self.task in MEASURING else []
+        return [(ALONE, 0.0), *((updates, NEIGHBOURHOOD_MM) for updates in UPDATES)]
 
     @cached_property
     def data(self) -> PairedTask:

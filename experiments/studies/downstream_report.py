@@ -18,10 +18,10 @@ from torch import Tensor
 from allpet.consistency import NEIGHBOURHOOD_MM
 from allpet.metrics import standard_image
 from allpet.prompts import TRACERS
-from allpet.simulation.tasks import MEASURING
+from allpet.simulation.tasks import RELATED
 from callbacks.figures import DIFFERENCE, Tile, draw_grid, save_figure, top
 from data_modules.paired_set import PairedSet, read_pairs
-from studies.downstream import LONGER, SEVERAL, TIMES, WITHOUT, expanded, generated_file, label_of
+from studies.downstream import IDENTITIES, LONGER, SEVERAL, TIMES, WITHOUT, expanded, generated_file, label_of
 from studies.downstream_plan import REDUCTION, UPDATES, Plan
 from studies.downstream_scores import interval
 from studies.few_shot import spread
@@ -105,10 +105,8 @@ def conclusions(plan: Plan, outcome: Outcome) -> list[str]:
         said = [_limits(found, {"tissue_bias": 0.05, "worst_bias": 0.10, "hl0": 0.03}), _against_regression(found)]
         said += [_fitting(found), _turning(found)]
     else:
-        said = [_biases_beside(found, other) for other in ("identity", "regression")]
-        if plan.task in MEASURING:
-            said.append(_fitting(found))
-        said.append(_turning(found))
+        said = [_biases_beside(found, other) for other in (*IDENTITIES, "regression")]
+        said += [_fitting(found), _turning(found)]
     said += [_one_for_all(found), _longer(found), _synthesis(found, plan, outcome), _lesions(found)]
     return [sentence for sentence in said if sentence]
 
@@ -238,7 +236,7 @@ def _with_sign(ours: Lines) -> str:
 
 
 def _fitting(found: _Found) -> str:
-    """Say what updates towards the measured input bring to the results of one call."""
+    """Say what updates towards the measured input, or what they bring to it carried over, do to results of one call."""
     parts = []
     for method in ("bridge", "regression", "regression_pixels", "prior"):
         numbers = [0, *(updates for updates, _ in found.plan.fitting)]
@@ -249,8 +247,9 @@ def _fitting(found: _Found) -> str:
         return _missing("bridge with data consistency")
     shared = ", ".join(str(updates) for updates, width in found.plan.fitting if width)
     alone = ", ".join(str(updates) for updates, width in found.plan.fitting if not width)
+    what = "Data consistency carried over from the input" if found.plan.task in RELATED else "Data consistency"
     return (
-        f"Data consistency, 0 updates, {alone} with every pixel alone{f', and {shared}' * bool(shared)} after one call "
+        f"{what}, 0 updates, {alone} with every pixel alone{f', and {shared}' * bool(shared)} after one call "
         f"(sinogram PSNR, mean lesion SUVmax bias, mean tissue bias): {'. '.join(parts)}."
     )
 
@@ -466,7 +465,8 @@ def _biases_beside(found: _Found, other: str) -> str:
     ours, theirs = found.best(OURS), found.best((other,))
     if not ours or not theirs:
         return _missing("bridge", other)
-    parts = []
+    mine, other_value = over(ours, "psnr"), over(theirs, "psnr")
+    parts = [f"sinogram PSNR {mine:.2f} dB against {other_value:.2f} dB: {'' if mine > other_value else 'not '}better"]
     for name, words in (
         ("tissue_bias", "mean tissue bias"),
         ("lesion_mean_bias_abs", "mean size of lesion SUVmean bias"),

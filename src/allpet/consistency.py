@@ -318,6 +318,11 @@ class MeasuredFit:
             image = self._start * self._mean(self._coefficient)
             self.sinogram = self.radon.project(image).view(self._shape)
 
+    @property
+    def gain(self) -> Tensor:
+        """What the images have been multiplied by, ``(batch * targets, 1, rows, columns)``; 1 where they are empty."""
+        return torch.where(self._start > 0, self._mean(self._coefficient), 1)
+
     def _explaining(self, bins: Tensor) -> Tensor:
         return self._spread(self._start * self.radon.backproject(bins).repeat_interleave(self._shape[1], 0))
 
@@ -354,12 +359,62 @@ def fit_measured(
     Raises:
         ValueError: if the shapes do not fit, ``updates`` is less than 1 or the neighbourhood negative.
     """
+    return _updated(result, measured, radon, updates, attention, neighbourhood_mm).sinogram
+
+
+def carry_over(
+    result: Tensor,
+    reference: Tensor,
+    measured: Tensor,
+    radon: Radon,
+    updates: int,
+    attention: Tensor | None = None,
+    neighbourhood_mm: float = NEIGHBOURHOOD_MM,
+) -> Tensor:
+    """Correct expected sinograms as a fit to another scan of the same patient corrects what a model holds of that scan.
+
+    What latents and few iterations of OSEM cannot hold, results lack as the *reference* does, and what that lacks the
+    measurement says. So ``fit_measured`` brings the reference nearer to it, and what its image is multiplied by, the
+    result's image is, too. Where the two scans differ, as by movement, that is as wrong as they are apart.
+
+    Args:
+        result: ``(batch, 1, views, bins)``; negative values count as zero.
+        reference: what the model that gave the result makes of the measured scan itself, the same shape.
+        measured: the scan, with noise, corrected and in the units of the reference, likewise.
+        radon: the projector of their geometry.
+        updates: see ``fit_measured``.
+        attention: see ``MeasuredFit``.
+        neighbourhood_mm: see there; likeness is that of the reference.
+
+    Returns:
+        the projections of the images, same shape and units as *result*, never negative.
+
+    Raises:
+        ValueError: if the shapes do not fit, ``updates`` is less than 1 or the neighbourhood negative.
+    """
+    if result.shape != reference.shape:
+        raise ValueError(
+            f"The result's shape is {tuple(result.shape)} and the reference's {tuple(reference.shape)}; they must be "
+            "the same."
+        )
+    fit = _updated(reference, measured, radon, updates, attention, neighbourhood_mm)
+    return radon.project(quick_image(result, radon) * fit.gain)
+
+
+def _updated(
+    result: Tensor,
+    measured: Tensor,
+    radon: Radon,
+    updates: int,
+    attention: Tensor | None,
+    neighbourhood_mm: float,
+) -> MeasuredFit:
     if updates < 1:
         raise ValueError(f"updates is {updates}, but must be at least 1.")
     fit = MeasuredFit(result, measured, radon, attention, neighbourhood_mm)
     for _ in range(updates):
         fit.update()
-    return fit.sinogram
+    return fit
 
 
 def _among_alike(

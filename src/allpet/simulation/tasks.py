@@ -60,6 +60,9 @@ TWO_TRACERS = ("separation", "conversion")
 MEASURING = {"low_dose": 1, "separation": 2, "attenuation": 1}
 """Tasks whose input measures the sum of all targets, and the number of these; of *attenuation* what is left of it, with
 scatter."""
+RELATED = {"delayed": 1, "conversion": 1}
+"""Tasks whose input is another scan of the patient, and the number of targets: what a model loses of the one it loses
+of the other."""
 _VOIDED, _VOIDED_URINE = 0.4, 0.3  # share of patients who void between the scans, and their urine's activity after it
 _BOWEL_MM = 6.0  # standard deviation of the displacement of a loop between the scans
 

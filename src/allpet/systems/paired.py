@@ -20,7 +20,7 @@ from allpet.attenuation import NEIGHBOURHOOD_MM as UNCORRECTED_MM
 from allpet.attenuation import explain_uncorrected, fit_uncorrected, warn_of_attenuation
 from allpet.batches import unmasked_stack
 from allpet.conditions import LABEL_SIZE, Condition, RestorationBatch
-from allpet.consistency import NEIGHBOURHOOD_MM, fit_measured, reproject
+from allpet.consistency import NEIGHBOURHOOD_MM, carry_over, fit_measured, reproject
 from allpet.diffusion.preconditioning import measure_pairs
 from allpet.geometry import ParallelBeam
 from allpet.metrics import psnr, relative_l2
@@ -31,7 +31,7 @@ from allpet.orientations import Orientation, Orientations
 from allpet.pretrained import building, load_pretrained, save_pretrained
 from allpet.projector import Radon
 from allpet.randomness import keyed_generator
-from allpet.simulation.tasks import MEASURING, TASKS, PairedBatch
+from allpet.simulation.tasks import MEASURING, RELATED, TASKS, PairedBatch
 from allpet.systems.base import OptimizerName, log_mean
 from allpet.systems.focus import AttentionUse, Focus
 from allpet.systems.knowledge import Knowledge, Seen, warn_of_doubts
@@ -115,11 +115,12 @@ class PairedSampling:
             ``TransparentMedicalAttention``; None for 1. Where nothing attends, another number is refused.
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation, attenuation correction) is brought nearer to it, see ``fit_measured``
-            and, of attenuation, ``fit_uncorrected``; other tasks' results stay as they are. 0 for none. Of
-            several samples each is fitted to a measurement with as much noise again, so that their spread still says
-            how well the counts are known; with K samples the noise of their mean has 1 / K more variance. Where a model
-            attends, or a ROI is given, updates count more by ``attention_strength``: in the ROI, or in the hot and cold
-            areas of what the network has drawn.
+            and, of attenuation, ``fit_uncorrected``, or, where it is another scan (``RELATED``: delayed, conversion),
+            corrected as the model's own image of the input is, see ``carry_over``. 0 for none. Of several samples each
+            is fitted to a measurement with as much noise again, so that their spread still says how well the counts are
+            known; with K samples the noise of their mean has 1 / K more variance. Where a model attends, or a ROI is
+            given, updates count more by ``attention_strength``: in the ROI, or in the hot and cold areas of what the
+            network has drawn.
         neighbourhood_mm: full width at half maximum of the neighbours that look alike among which updates share what
             the counts say: less bias for as much noise; 0 for every pixel alone; None for 24 mm, and for every pixel
             alone without attenuation correction, where there are the counts of whole scans.
@@ -165,7 +166,8 @@ class PairedSampling:
 
     def fitted(self, task: Tensor, n_targets: int) -> list[int]:
         """Return which of the tasks ``(batch,)`` of so many targets have results that are fitted to their input."""
-        whole = [TASKS.index(name) for name, targets in MEASURING.items() if targets == n_targets]
+        each = (MEASURING | RELATED).items()
+        whole = [TASKS.index(name) for name, targets in each if targets == n_targets]
         return [row for row, number in enumerate(task.tolist()) if number in whole and self.data_consistency]
 
     def fit(
@@ -176,8 +178,9 @@ class PairedSampling:
         geometry: ParallelBeam | None,
         seeds: Sequence[int],
         attention: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Fitted:
-        """Return samples after ``data_consistency`` updates, where the measurement is of the sum of all.
+        """Return samples after ``data_consistency`` updates, where the measurement says something of the targets.
 
         The noise that is added for several samples is what the measurement differs from the sample by, with random
         signs (wild bootstrap, Wu 1986, Liu 1988): it needs no model of the variance, which attenuation and corrections
@@ -190,9 +193,12 @@ class PairedSampling:
             geometry: of the sinograms.
             seeds: one per measurement; the signs depend on it and the number of the sample alone.
             attention: of each pixel, ``(batch, 1, rows, columns)``, see ``fit_measured``; None for 1.
+            reference: what the model makes of what was measured itself, in its shape, see ``carry_over``; None where no
+                task is ``RELATED``.
 
         Raises:
             RuntimeError: if the geometry is needed and None.
+            ValueError: if the reference is.
         """
         if not (chosen := self.fitted(task, samples.shape[2])):
             return Fitted(samples, None)
@@ -201,30 +207,40 @@ class PairedSampling:
         radon, samples = Radon(geometry), samples.clone()
         attenuation = torch.zeros(len(measured), 1, *geometry.image_shape, device=samples.device)
         body = torch.zeros_like(attenuation, dtype=torch.bool)
-        kinds = {kind: [row for row in chosen if (int(task[row]) == UNCORRECTED) == kind] for kind in (False, True)}
+        kinds: dict[int, list[int]] = {}  # rows by task: what is done differs
+        for row in chosen:
+            kinds.setdefault(int(task[row]), []).append(row)
         pieces = [(kind, rows) for kind, part in kinds.items() for rows in _split(part, self.batch_size)]
         with torch.autocast(samples.device.type, enabled=False):
             for draw, results in enumerate(samples):
-                for uncorrected, rows in pieces:
+                for kind, rows in pieces:
                     ours, given = results[rows].float(), measured[rows].float()
-                    expected, start = ours.sum(1, keepdim=True), None
-                    if uncorrected:
+                    expected, start, own = ours.sum(1, keepdim=True), None, None
+                    if kind == UNCORRECTED:
                         start = explain_uncorrected(ours, given, radon)
                         expected = start.factor * expected + start.scatter
+                    elif TASKS[kind] in RELATED:
+                        if reference is None:
+                            raise ValueError(
+                                f"reference is None, but {TASKS[kind]} needs what the model makes of inputs."
+                            )
+                        expected = own = reference[rows].float()
                     if len(samples) > 1:
                         generators = [keyed_generator(seeds[row], draw, "measured") for row in rows]
                         coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
                         given = given + (given - expected) * (2 * torch.stack(coins).to(given) - 1)
                     where = None if attention is None else attention[rows]
-                    how = (self.data_consistency, where, self.width(uncorrected))
-                    if start is None:
-                        results[rows] = fit_measured(ours, given, radon, *how).to(results)
-                    else:
+                    how = (self.data_consistency, where, self.width(kind == UNCORRECTED))
+                    if start is not None:
                         fitted, found = fit_uncorrected(ours, given, radon, *how, start)
-                        results[rows] = fitted.to(results)
                         attenuation[rows] += found.attenuation / len(samples)
                         body[rows] |= found.body
-        if not kinds[True]:
+                    elif own is not None:
+                        fitted = carry_over(ours, own, given, radon, *how)
+                    else:
+                        fitted = fit_measured(ours, given, radon, *how)
+                    results[rows] = fitted.to(results)
+        if UNCORRECTED not in kinds:
             return Fitted(samples, None)
         warn_of_attenuation(attenuation[body])
         return Fitted(samples, attenuation)
@@ -604,7 +620,9 @@ class PairedSystem(LatentSystem):
             # In what the network has drawn, noise makes far fewer areas than in the input.
             areas = attention.areas(drawn.mean(0).sum(1, keepdim=True), roi)
             emphasis = attention.emphasise(areas, sampling.strength)
-        fitted = sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis)
+        related = sampling.data_consistency and any(TASKS[number] in RELATED for number in tasks.tolist())
+        reference = self._decode(self._encode(start), shape) if related else None
+        fitted = sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis, reference)
         return Restored.of(fitted.samples, areas, fitted.attenuation)
 
     def starting(self, given: Tensor) -> Tensor:
@@ -727,8 +745,8 @@ class PairedSystem(LatentSystem):
         fits = len(sampling.fitted(condition.task[::n_targets], n_targets)) == len(given)
         if roi is not None and not attends and not fits:
             raise ValueError(
-                "This model cannot heed a region of interest: leave it out, fit results to the input (low dose, "
-                "attenuation, separation: data_consistency), or train a model that attends by gain or channel "
+                "This model cannot heed a region of interest: leave it out, fit results to the input (UPDATES=, "
+                "data_consistency), or train a model that attends by gain or channel "
                 "(experiments/finetune/methods/attention.yaml)."
             )
         looks = roi is not None or attends or (self.attention_use is not None and fits)

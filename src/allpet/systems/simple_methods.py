@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allpet import symmetry
 from allpet.conditions import Condition
-from allpet.consistency import quick_image
+from allpet.consistency import quick_image, reproject
 from allpet.geometry import ParallelBeam
 from allpet.metrics import blur_image, psnr
 from allpet.projector import Radon
@@ -91,6 +91,22 @@ class Identity:
 
     def _cleaned(self, given: Tensor) -> Tensor:
         return given
+
+
+class ReprojectedIdentity(Identity):
+    """The projection of the input's image, where trained methods begin, times the number for its total.
+
+    Args:
+        radon: the projector of the sinograms.
+        iterations: of OSEM, see ``allpet.consistency.reproject``; as many as trained methods take.
+    """
+
+    def __init__(self, radon: Radon, iterations: int = 2) -> None:
+        super().__init__()
+        self.radon, self.iterations = radon, iterations
+
+    def _cleaned(self, given: Tensor) -> Tensor:
+        return reproject(given, self.radon, self.iterations)
 
 
 class _Oracle(Identity):
