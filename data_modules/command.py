@@ -114,6 +114,7 @@ def _convert(given: argparse.Namespace) -> int:
     for name, said, vocabulary in (("tracer", given.tracer, TRACERS), ("region", given.region, REGIONS)):
         if said is not None:
             columns[name] = vocabulary[prompt_index(said, vocabulary, name)]
+    there = Path(given.out).exists()
     path = convert(
         given.folder,
         given.out,
@@ -131,7 +132,11 @@ def _convert(given: argparse.Namespace) -> int:
         given.role,
     )
     native = NativeFile(path)
-    print(f"Wrote {path}: {len(native)} slices of {len(set(native.table['patient']))} patient(s).")
+    done = "Kept, for it was converted before," if there else "Wrote"
+    print(f"{done} {path}: {len(native)} slices of {len(set(native.table['patient']))} patient(s).")
+    scan = native.scan([0])
+    if scan.kind == "sinogram" and scan.geometry is None:
+        print("WARN  Nothing says how wide the bins are, so the data set does not, either: give --bin-mm if you know.")
     return 0
 
 
@@ -146,6 +151,8 @@ def _split(given: argparse.Namespace) -> int:
     uses = {patients[i]: use for use, rows in zip(("train", "val", "test"), parts, strict=True) for i in rows}
     write_split(given.file, uses)
     for use, rows in zip(("train", "val", "test"), parts, strict=True):
+        if not len(rows) and {"train": 1, "val": given.val, "test": given.test}[use]:
+            print(f"WARN  There are too few patients for {use}: name a larger share, or take more.")
         print(f"{use:5}  {len(rows)} slices of {len({patients[i] for i in rows})} patient(s)")
     return 0
 

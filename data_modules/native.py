@@ -12,6 +12,7 @@ command continues there; only at the end does the data set appear, in one step.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from data_modules.folder import FoundFile, find_files, identify_patients, read_f
 from data_modules.layouts import AUTO, Chosen, choose_layout
 
 _ROWS = 64  # copied at a time
+_TASK = "converted"  # what was converted and how, by which the same command is known again
 
 
 def convert(
@@ -71,10 +73,11 @@ def convert(
         role: which files of the layout are read; None: its default.
 
     Returns:
-        ``path``.
+        ``path``. A file that the same conversion has made before is kept as it is, with its split.
 
     Raises:
-        DataError: if a file cannot be used or differs from the others; nothing is left then.
+        DataError: if a file cannot be used or differs from the others; nothing is left then. If there is another file
+            of that name, which stays.
     """
     folder, path = Path(folder), Path(path)
     if path.suffix.lower() not in (".h5", ".hdf5"):
@@ -95,7 +98,13 @@ def convert(
         for name in names
         if (place / name).exists()
     ]
-    journal = _Journal(path, json.dumps([asked, listing]))
+    task = hashlib.blake2b(json.dumps([asked, listing]).encode(), digest_size=16).hexdigest()
+    if path.exists():
+        if _task_of(path) == task:
+            return path
+        finding = "it exists, and was not made of these files in this way"
+        raise DataError(path, finding, "choose another name, or remove it first")
+    journal = _Journal(path, task)
     try:
         for found in tqdm(
             _read(folder, names[journal.n_files :], key, slices, chosen),
@@ -116,6 +125,15 @@ def convert(
         raise DataError(path, f"it cannot be written ({reason})", "free space, or choose another folder") from error
     journal.remove()
     return path
+
+
+def _task_of(path: Path) -> str | None:
+    """Return what a file says of how it was converted; None for a stranger."""
+    try:
+        with h5py.File(path) as file:
+            return file.attrs.get(_TASK)  # type: ignore[no-any-return]
+    except OSError:
+        return None
 
 
 def _read(folder: Path, names: list[str], key: str | None, slices: Any, chosen: Chosen) -> Iterator[FoundFile]:
@@ -142,7 +160,7 @@ class _Journal:
     """
 
     def __init__(self, path: Path, task: str) -> None:
-        self.path, self.folder = path, path.with_name(f".{path.name}.part")
+        self.path, self.folder, self.task = path, path.with_name(f".{path.name}.part"), task
         self.entries: list[dict[str, Any]] = []
         log = self.folder / "log.jsonl"
         try:
@@ -234,9 +252,10 @@ class _Journal:
             discs = [disc for entry in self.entries[:10] for disc in entry["disc"]]
             about["kind"] = kind if kind != "auto" else "image" if 2 * sum(discs) > len(discs) else "sinogram"
         if about["kind"] == "sinogram":
-            if about.get("geometry") is None or bin_mm is not None or self._folded():
-                old = about.get("geometry") or {}
-                about["geometry"] = sinogram_geometry(None, self.shape, bin_mm or old.get("bin_mm"))[0].to_dict()
+            old = about.get("geometry") or {}
+            width = bin_mm or old.get("bin_mm")
+            if width is not None and (bin_mm is not None or self._folded()):  # what nobody said is not made up
+                about["geometry"] = sinogram_geometry(None, self.shape, width)[0].to_dict()
         else:
             about["pixel_mm"] = pixel_mm or about.get("pixel_mm")
         about["provenance"] = {
@@ -269,6 +288,7 @@ class _Journal:
             file[about["kind"]].attrs["units"] = head["units"]
             write_table(file, table)
             file["about"] = to_json({name: value for name, value in head.items() if name != "table"})
+            file.attrs[_TASK] = self.task
 
     def _folded(self) -> bool:
         geometry = self.entries[0]["about"].get("geometry")

@@ -137,11 +137,45 @@ def test_a_bad_file_is_named_and_leaves_nothing(patients: Path, tmp_path: Path, 
         (patients / "p7" / "1.npy").write_bytes(b"no array")
     else:
         np.save(patients / "p7" / "1.npy", np.ones((32, 41)))
-    before = (tmp_path / "set.h5").write_bytes(b"what was there")
     with pytest.raises(DataError, match=r"p7/1\.npy: (it cannot be read|its shape is \[32, 41\] where p0/0\.npy has)"):
         convert(patients, tmp_path / "set.h5")
-    assert (tmp_path / "set.h5").stat().st_size == before
+    assert [item.name for item in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_same_command_keeps_a_data_set_with_its_split_and_another_one_leaves_it(
+    patients: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set.h5"
+    words = ["convert", str(patients), str(path), "--bin-mm", "4.0"]
+    assert main(words) == 0
+    assert main(["split", str(path), "--val", "0.2", "--test", "0.2"]) == 0
+    before = path.read_bytes()
+    assert main(words) == 0
+    assert "Kept, for it was converted before," in capsys.readouterr().out
+    assert path.read_bytes() == before
+    np.save(patients / "p0" / "2.npy", np.load(patients / "p0" / "0.npy"))
+    for other in (words, [*words[:-1], "5.0"]):
+        assert main(other) == 1
+        assert "it exists, and was not made of these files in this way; choose another name" in capsys.readouterr().err
+    path.write_bytes(b"no data set")
+    assert main(words) == 1
+    assert path.read_bytes() == b"no data set"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["in", "set.h5"]
+
+
+def test_a_width_that_nobody_said_is_not_made_up(
+    patients: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(patients), str(tmp_path / "set.h5")]) == 0
+    assert "WARN  Nothing says how wide the bins are" in capsys.readouterr().out
+    assert read_scan(tmp_path / "set.h5").geometry is None
+    assert main(["convert", str(patients), str(tmp_path / "said.h5"), "--bin-mm", "4.0"]) == 0
+    assert "WARN" not in capsys.readouterr().out
+    assert read_scan(tmp_path / "said.h5").geometry.bin_mm == 4.0
+    folder, native = SinogramFiles(str(patients)), SinogramFiles(str(tmp_path / "set.h5"))
+    for data in (folder, native):
+        data.setup("fit")
+    assert native.geometry == folder.geometry, "what is assumed of the files is assumed of the data set"
 
 
 @pytest.mark.parametrize("place", ["journal", "end"])
