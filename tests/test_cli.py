@@ -334,6 +334,27 @@ def test_a_wrong_option_is_refused(wrong, tmp_path, capsys):
     assert wrong[0].split(".")[-1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data.n_slices", "many"], "--data.n_slices is many, but must be int."),
+        (["--model.learning_rate", "fast"], "--model.learning_rate is fast, but must be float."),
+        (["--trainer.max_steps", "x"], "--trainer.max_steps is x, but must be int."),
+        (["--model.learning_rat", "1"], "has no option learning_rat; see --help"),
+        (["--trainer.max_stepss", "1"], "unrecognized arguments: --trainer.max_stepss 1"),
+        (["-c", "nowhere.yaml"], "File does not exist: "),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_said_in_one_line(words, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, *words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("allpet: ")
+    assert said.count("\n") == 1
+    assert sentence in said
+
+
 def test_a_wrong_key_in_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "wrong.yaml").write_text("trainer: {max_stepss: 3}\n")
     with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class AllpetCLI(LightningCLI):
     _lock: FileLock | None = None
 
     def __init__(self, args: ArgsType = None) -> None:
-        mode = {"parser_mode": "omegaconf+"}
+        mode = {"parser_mode": "omegaconf+", "exit_on_error": False}
         try:
             super().__init__(
                 LightningModule,
@@ -132,6 +133,14 @@ class AllpetCLI(LightningCLI):
                 self._lock.release()
             if _rank() == 0:
                 os.environ.pop(_SHARED_RUN, None)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; say in one sentence what is wrong with an option."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            print(f"allpet: {_option_error(str(error))}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``run`` and the free-form ``scale``, which other keys refer to."""
@@ -357,6 +366,22 @@ def _without_paths_and_names(config: dict[str, Any]) -> dict[str, Any]:
     local = ("folder", "patient", "cache", "generated")
     kept = {name: value for name, value in (data.get("init_args") or {}).items() if name not in local}
     return {**config, "data": {**data, "init_args": kept}} if data else config
+
+
+def _option_error(text: str) -> str:
+    """Return one sentence of what jsonargparse says of an option, nested as deep as the classes it tried."""
+    if unknown := re.search(r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", text):
+        return f"{unknown[1]} has no option {unknown[2]}; see --help, or --print_config for those that there are."
+    keys = list(re.finditer(r'Parser key "([^"]+)"', text))
+    about = text[keys[-1].end() :] if keys else ""
+    given = re.search(r"(?:Got|Given) value: ([^\n]+)", about)
+    if given is None:
+        return " ".join(text.split())
+    wanted = re.findall(r"Expected an? (.+?)(?:\. Got value: [^\n]+)?$", about[: given.end()], re.MULTILINE)
+    plain = [re.sub(r"<class '([^']+)'>", r"\1", one).replace("NoneType", "null") for one in wanted]
+    plain = [re.sub(r"typing\.Literal\[(.+)\]", r"one of \1", one) for one in plain]
+    option = ".".join(key[1] for key in keys)
+    return f"--{option} is {given[1]}, but must be {' or '.join(plain) or 'of another kind'}."
 
 
 def _reason(error: Exception) -> str:
