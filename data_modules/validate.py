@@ -274,7 +274,10 @@ def _check_patients(report: Report, files: list[FoundFile], pattern: str | None)
         finding, _, remedy = str(error).rstrip(".").partition("; ")
         report.rows.append(Row("ERROR", ALL, finding, remedy))
         return
-    if patients.known:
+    if pattern is None and {"input", "target"} <= {Path(found.name).parts[0] for found in files}:
+        finding = "it holds pairs, input/ and target/, so each patient would be taken for two"
+        report.rows.append(Row("ERROR", ALL, finding, "name one of the two folders, or make finetune DATA= for pairs"))
+    elif patients.known:
         report.rows.append(Row("INFO", ALL, f"{len(set(patients.names))} patient(s), told apart {patients.how}"))
     else:
         finding = "nothing in the files' names tells patients apart, so one patient may be in two splits"

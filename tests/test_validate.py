@@ -250,6 +250,18 @@ def test_patients_are_told_apart(tmp_path: Path) -> None:
     assert "nothing in the files' names tells patients apart" in patients_said(tmp_path / "numbers")
 
 
+def test_pairs_are_no_patients(tmp_path):
+    """Input and target of one patient would lie in two splits."""
+    sinograms = np.random.default_rng(0).random((2, 3, 24, 24))
+    for folder, values in zip(("input", "target"), sinograms, strict=True):
+        (tmp_path / "pairs" / folder).mkdir(parents=True)
+        np.save(tmp_path / "pairs" / folder / "p1.npy", values)
+    report = validate_folder(tmp_path / "pairs")
+    assert any("it holds pairs, input/ and target/" in row.finding for row in report.rows if row.level == "ERROR")
+    for good in (validate_folder(tmp_path / "pairs" / "target"), validate_folder(tmp_path / "pairs", patient=r"p\d")):
+        assert not any("it holds pairs" in row.finding for row in good.rows)
+
+
 def test_patterns(tmp_path: Path) -> None:
     folder = save(tmp_path, SINOGRAMS)
     assert "4 patient(s), told apart by the pattern" in patients_said(folder, patient=r"^(patient\d)")
