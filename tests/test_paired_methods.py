@@ -896,3 +896,16 @@ def test_the_oracle_blurs_over_the_seam(data):
     oracle.chosen = [(2.0, 3.0)] * 2
     turned = oracle.restore(symmetry.roll_views(given, 5)).mean
     torch.testing.assert_close(turned, symmetry.roll_views(oracle.restore(given).mean, 5), rtol=1e-4, atol=1e-2)
+
+
+def test_a_regression_that_is_loaded_takes_one_call_whatever_the_sampling_says(data, tmp_path):
+    """As files for all models say five."""
+    system = awake(fitted(tmp_path / "fit", data, **METHODS["regression"]))
+    system.save_pretrained(tmp_path / "out")
+    given = data.test_set[[0, 1]].input
+    loaded = LatentBridge.from_pretrained(tmp_path / "out", BridgeSampling(nfe=5, data_consistency=2))
+    assert loaded.sampling == BridgeSampling(nfe=1, data_consistency=2)
+    wanted = system.restore(given, asked(2), [0, 1], BridgeSampling(nfe=1, data_consistency=2)).mean
+    torch.testing.assert_close(loaded.restore(given, asked(2), [0, 1]).mean, wanted)
+    with pytest.raises(ValueError, match="nfe is 5, but this model is a regression, trained for one call"):
+        loaded.restore(given, asked(2), [0, 1], BridgeSampling(nfe=5))

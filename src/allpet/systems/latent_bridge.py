@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,5 +237,11 @@ class LatentBridge(PairedSystem):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, sampling: BridgeSampling = BridgeSampling()) -> LatentBridge:
-        """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does."""
-        return cls._load(folder, sampling)
+        """Load a folder written by ``save_pretrained``; raises as ``AutoencoderSystem.from_pretrained`` does.
+
+        A regression, which knows one call alone, takes one whatever the sampling says, as files for all models do.
+        """
+        system = cls._load(folder, sampling)
+        if system.bridge.end_share == 1:
+            system.sampling = replace(system.sampling, nfe=1)
+        return system
