@@ -23,12 +23,14 @@ from allpet.regions import roi_box, roi_from_file
 from allpet.simulation.tasks import TASKS, TWO_TRACERS
 from allpet.systems.knowledge import Knowledge, level
 from data_modules.base import fixed_scale
-from data_modules.checks import by
+from data_modules.checks import by, decide_kind
 from data_modules.files import prompts_of
 from data_modules.folder import FoundFile
 from data_modules.layouts import AUTO
 from data_modules.pair_folder import check_factors
 from data_modules.validate import inspect_folder
+
+_APART = 5.0  # of the gains of two files in one unit: of single slices of patients they differ by three
 
 
 class SinogramsToRestore(LightningDataModule):
@@ -132,9 +134,12 @@ class SinogramsToRestore(LightningDataModule):
         system.check(self._condition([self.prompt.names()[0]]), None, self._n_targets)
         shape, wanted = self.files[0].slices.shape[1:], system.geometry.sinogram_shape
         if shape != wanted:
+            remedy = "use a model trained on the scanner's own geometry."
+            if decide_kind(self.files)[0] == "image":
+                remedy = "these look like images, and models restore sinograms: give it those."
             raise ValueError(
                 f"{self.folder} holds {by(shape)} sinograms (views x bins), but the model was trained on {by(wanted)}: "
-                "use a model trained on the scanner's own geometry."
+                f"{remedy}"
             )
         said = self.geometry
         if said is not None and abs(said.bin_mm - system.geometry.bin_mm) > 1e-3 * said.bin_mm:
@@ -233,8 +238,15 @@ class SinogramsToRestore(LightningDataModule):
         images = [found.name for found in files if found.scan is not None and found.scan.kind == "image"]
         if images:
             raise ValueError(f"{self.folder} holds images ({images[0]}), but models restore sinograms: give it those.")
+        kind, why = decide_kind(files)
+        if kind == "image" and not any(found.scan is not None and found.scan.kind for found in files):
+            raise ValueError(
+                f"{self.folder} seems to hold images ({why}), but models restore sinograms: give it those."
+            )
         for row in report.warnings:
-            # what is to be corrected is no fault here
+            # what is to be corrected is no fault here, and nothing is split
+            if "two splits" in row.finding:
+                continue
             if self.task != "attenuation" or "not corrected for attenuation" not in row.finding:
                 rank_zero_info(f"WARN  {self.folder}, {row.file}: {row.finding}; {row.remedy}.")
         self.files, self.geometry = [self._before_correction(found) for found in files], report.geometry
@@ -306,8 +318,20 @@ class SinogramsToRestore(LightningDataModule):
                 "level of all that it was trained on stands in, which may be off by a factor of three: give the gain "
                 "with --data.gain, 1 for values in SUV x mm."
             )
-        ratios = [wanted / found for wanted, found in zip(theirs, ours, strict=True) if wanted and found > 0]
-        return statistics.median(ratios) if ratios else None
+        ratios = [wanted / found if wanted and found > 0 else None for wanted, found in zip(theirs, ours, strict=True)]
+        each, first = [], 0
+        for file in self.files:
+            known_of_it = [ratio for ratio in ratios[first : first + len(file.slices)] if ratio]
+            each += [(statistics.median(known_of_it), file.name)] if known_of_it else []
+            first += len(file.slices)
+        if each and max(each)[0] > _APART * min(each)[0]:
+            rank_zero_info(
+                f"WARN  {self.folder}: {max(each)[1]} would need {max(each)[0] / min(each)[0]:.3g} times the gain of "
+                f"{min(each)[1]}, where patients differ by a factor of two, but one gain serves the folder: bring all "
+                "files to one unit, or restore them folder by folder."
+            )
+        every = [ratio for ratio in ratios if ratio]
+        return statistics.median(every) if every else None
 
     def _read_roi(self, geometry: ParallelBeam) -> torch.Tensor:
         try:
