@@ -38,14 +38,14 @@ ifeq ($(wildcard $(SCALE_FILE)),)
 $(error There is no $(SCALE_FILE): name a scale that there is, such as SCALE=laptop or SCALE=gpu24)
 endif
 
-PROMPT_ARGS = $(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(word 2,$(subst :, ,$(PROMPT))))
+PROMPT_ARGS = $(if $(PROMPT),--data.tracer $(word 1,$(subst :, ,$(PROMPT))) --data.region $(or $(word 2,$(subst :, ,$(PROMPT))),open))
 
 # What the user set, as options of the command line. The data's class comes right after the defaults: it would drop what
 # files after it have said. Sinograms keep their own views and bins; images are projected to SCALE's.
 DATA_ARGS = $(if $(DATA),--data data_modules.SinogramFiles --data.folder "$(DATA)" --data.kind $(KIND) \
 	--data.geometry null --data.image_geometry '$${...scale.geometry}' $(PROMPT_ARGS))
 FIT = $(BIN)/allpet fit -c experiments/defaults.yaml $(DATA_ARGS) -c experiments/$(1).yaml -c $(SCALE_FILE) $(ARGS)
-SAMPLE_ARGS = $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
+SAMPLE_ARGS = $(if $(MODEL),--model.folder "$(MODEL)") $(if $(N),--data.n_samples $(N)) $(if $(PROMPT),--data.prompts '["$(PROMPT)"]') \
 	$(if $(SEED),--data.seed $(SEED)) $(if $(VIEWS),--model.sampling.n_views $(VIEWS)) \
 	$(if $(BINS),--model.sampling.n_bins $(BINS)) $(if $(COUNTS),--model.sampling.counts $(COUNTS)) \
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
@@ -137,7 +137,7 @@ restore: $(READY) ## Use a downstream task on a folder of sinograms (TASK= DATA=
 	@test -z "$(METHOD)" -o "$(METHOD)" = prior || { echo "METHOD is prior (stage 2 alone), or nothing."; exit 1; }
 	$(BIN)/allpet predict -c experiments/restore.yaml $(RESTORE_MODEL) --data.folder "$(DATA)" --data.task $(TASK) $(RESTORE_ARGS) $(ARGS)
 
-sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED=)
+sample: $(READY) ## Generate with the newest stage 2 (N= PROMPT=FDG:brain VIEWS= BINS= COUNTS= STEPS= SEED= MODEL=)
 	$(BIN)/allpet predict -c experiments/sample.yaml $(SAMPLE_ARGS) $(ARGS)
 
 held-out: $(READY) ## Write the slices that a run was not trained on, for evaluate's REAL (RUN=outputs/ldm ARGS="--part test")

@@ -64,7 +64,7 @@ def attention_overlay(
         if fitted is not None:
             rows[-1].append(Tile(tinted_areas(ends[i, 0], fitted, i), (0, 1), "result, what the\nfit attended to"))
     labels = [""] * len(rows) if titles is None else list(titles)
-    return draw_grid(rows, labels, "where the model looks")
+    return draw_grid(rows, labels, "what is attended to")
 
 
 def tinted_areas(image: Tensor, areas: Areas, index: int) -> Tensor:

@@ -110,13 +110,13 @@ class PairedFiles(PairedDataModule):
         self.save_hyperparameters(logger=False, ignore=["geometry", "symmetry"])
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
-        for name, argument, value in (
-            ("low_dose", "dose", dose),
-            ("delayed", "delay_min", delay_min),
-            ("conversion", "target_tracer", target_tracer),
+        for name, argument, value, said in (
+            ("low_dose", "dose", dose, "DOSE=0.05"),
+            ("delayed", "delay_min", delay_min, "DELAY=60"),
+            ("conversion", "target_tracer", target_tracer, "TARGETS=PSMA"),
         ):
             if task == name and value is None:
-                raise ValueError(f"{task} needs {argument}, which files do not say: give it with --data.{argument}.")
+                raise ValueError(f"{task} needs {argument}, which files do not say: give {said} (--data.{argument}).")
             if task != name and value is not None and (task, argument) != ("separation", "target_tracer"):
                 raise ValueError(f"{argument} is {value}, but the task is {task}: leave it out.")
         for name, length in {"gain": gain, "bin_mm": bin_mm}.items():

@@ -344,8 +344,8 @@ def test_rows_of_several_orientations_need_a_model_that_says_how_pairs_were_turn
         system = Regression(ways)
         monkeypatch.setattr(downstream, "_train", lambda *given, system=system: system)
         lines = list(downstream._lines(Plan(task="delayed"), "regression", 500, 0, tmp_path))
-        assert system.asked == [(1, 1), (1, samples)]
-        assert [line.facts["turned"] for line in lines] == [False, True]
+        assert system.asked == [*[(1, 1)] * 4, (1, samples)], "not fitted, fitted in three ways, and turned"
+        assert [line.facts["turned"] for line in lines] == [*[False] * 4, True]
     monkeypatch.setattr(downstream, "_train", lambda *given: Regression(1))
     with pytest.raises(ValueError, match="does not say how its training pairs were turned, as those of earlier"):
         next(downstream._lines(Plan(task="delayed"), "regression", 500, 0, tmp_path))

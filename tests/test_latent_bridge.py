@@ -256,5 +256,5 @@ def test_what_does_not_fit_is_refused(autoencoder):
     ],
 )
 def test_impossible_conditions_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"choose one of|give a delay|give one for each"):
+    with pytest.raises(ValueError, match=r"choose one of|in minutes|a share of the normal dose|give one for each"):
         Condition.of(**{"task": "delayed", "prompts": ["FDG:brain"], **wrong})

@@ -146,6 +146,8 @@ def test_make_lists_every_target():
             ["restore", "TASK=low_dose", "DATA=a", "UPDATES=0"],
             "--model.sampling.data_consistency 0",
         ),
+        (["restore", "TASK=low_dose", "DATA=a", "PROMPT=FDG"], "--data.tracer FDG --data.region open"),
+        (["sample", "MODEL=outputs/ldm/001"], '--model.folder "outputs/ldm/001"'),
         (["restore", "TASK=attenuation", "DATA=a"], "--model.sampling.data_consistency 32"),
         (["restore", "TASK=attenuation", "DATA=a", "UPDATES=8"], "--model.sampling.data_consistency 8"),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),

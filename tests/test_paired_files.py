@@ -229,7 +229,7 @@ def test_files_without_targets_or_with_impossible_factors_are_refused(tmp_path: 
     ("given", "sentence"),
     [
         ({"task": "fusion"}, "Unknown task 'fusion'; choose one of low_dose"),
-        ({"task": "low_dose"}, r"low_dose needs dose, which files do not say: give it with --data\.dose"),
+        ({"task": "low_dose"}, r"low_dose needs dose, which files do not say: give DOSE=0\.05 \(--data\.dose\)"),
         ({"task": "delayed"}, "delayed needs delay_min"),
         ({"task": "conversion"}, "conversion needs target_tracer"),
         (
@@ -240,7 +240,7 @@ def test_files_without_targets_or_with_impossible_factors_are_refused(tmp_path: 
         ({"task": "separation", "target_tracer": "FDG,water"}, "Unknown tracer 'water'"),
         ({"task": "low_dose", "dose": 0.1, "target_tracer": "FDG"}, "target_tracer is FDG, but the task is low_dose"),
         ({"delay_min": 60.0}, r"delay_min is 60\.0, but the task is attenuation: leave it out"),
-        ({"task": "low_dose", "dose": 1.5}, r"a dose in \(0, 1\]"),
+        ({"task": "low_dose", "dose": 1.5}, "dose is 1.5, but must be a share of the normal dose"),
         ({"tracer": "water"}, "Unknown tracer 'water'"),
         ({"gain": 0.0}, r"gain is 0\.0, but must be a positive number"),
         ({"gap": -1}, "gap is -1"),

@@ -347,6 +347,32 @@ def written(place: Path, values: torch.Tensor) -> Path:
     return place
 
 
+def test_images_are_refused_though_they_fit(tmp_path):
+    x, y = GEOMETRY.pixel_centers
+    discs = torch.stack([(x**2 + y**2 < radius**2).float() for radius in (80, 120)])[:, None]
+    folder, system = written(tmp_path / "images", discs), taught(pairs_of(["FDG:brain"]))
+    assert discs.shape[2:] == GEOMETRY.sinogram_shape
+    with pytest.raises(
+        ValueError, match=r"images seems to hold images \(2 of 2 slices .*\), but models restore sinograms"
+    ):
+        ready(folder, system)
+
+
+def test_files_of_different_units_are_told_of(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    system, given = taught(pairs_of(["FDG:abdomen"])), pairs_of(["FDG:abdomen"]).arrays["input"]
+    written(tmp_path / "x", given[:3])
+    ready(tmp_path / "x", system)
+    np.save(tmp_path / "x" / "p2.npy", 1.5 * given[3:6, 0].numpy())
+    ready(tmp_path / "x", system)
+    assert "one gain serves the folder" not in caplog.text
+    np.save(tmp_path / "x" / "p2.npy", 40 * given[3:6, 0].numpy())
+    ready(tmp_path / "x", system)
+    assert "scan.npy would need" in caplog.text
+    assert "times the gain of p2.npy" in caplog.text
+    assert "bring all files to one unit" in caplog.text
+
+
 def test_the_gain_is_that_of_the_tracer_and_the_region_and_follows_units_exactly(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = ["FDG:brain", "FDG:abdomen"]
@@ -588,8 +614,14 @@ def test_bad_input_is_one_sentence(model, folder, slices, tmp_path):
         ({"task": "delayed"}, "delayed needs the minutes"),
         ({"task": "separation", "target_tracers": ["FDG"]}, r"separation takes 2 target tracer\(s\), but got 1"),
         ({"task": "delayed", "delay_min": 60.0, "target_tracers": ["FDG"]}, "leave them out"),
-        ({"task": "low_dose", "dose": 20.0}, r"give a delay >= 0 and finite, and a dose in \(0, 1\]"),
-        ({"task": "delayed", "delay_min": float("nan")}, "delay_min is nan and dose 1.0; give a delay >= 0"),
+        (
+            {"task": "low_dose", "dose": 20.0},
+            "dose is 20, but must be a share of the normal dose, above 0 and at most 1",
+        ),
+        (
+            {"task": "delayed", "delay_min": float("nan")},
+            "delay_min is nan, but must be finite and not negative, in minutes",
+        ),
         ({"task": "attenuation", "dose": 0.1}, "dose is 0.1, but the task is attenuation: leave it out"),
         ({"task": "low_dose", "dose": 0.1, "delay_min": 60.0}, "delay_min is 60.0, but the task is low_dose: leave"),
         ({"task": "separation", "target_tracers": ["FDG", "18F-FDG"]}, "but must be two that differ"),

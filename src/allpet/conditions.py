@@ -56,10 +56,10 @@ class Condition(NamedTuple):
         """
         if task not in TASKS:
             raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
-        if not 0 <= delay_min < math.inf or not 0 < dose <= 1:
-            raise ValueError(
-                f"delay_min is {delay_min} and dose {dose}; give a delay >= 0 and finite, and a dose in (0, 1]."
-            )
+        if not 0 <= delay_min < math.inf:
+            raise ValueError(f"delay_min is {delay_min:g}, but must be finite and not negative, in minutes.")
+        if not 0 < dose <= 1:
+            raise ValueError(f"dose is {dose:g}, but must be a share of the normal dose, above 0 and at most 1.")
         prompt = Prompt.of(prompts)
         if target_tracers is None:
             target = prompt.tracer.clone()

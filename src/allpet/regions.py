@@ -57,7 +57,8 @@ def roi_from_file(
     width = pixel_mm or scan.pixel_mm
     if width is None and tuple(mask.shape[-2:]) != geometry.image_shape:
         found, wanted = (" x ".join(map(str, shape)) for shape in (mask.shape[-2:], geometry.image_shape))
-        remedy = f"give its pixel width in mm, or draw it on {wanted} pixels of {geometry.pixel_mm:g} mm"
+        drawn = f"draw it on {wanted} pixels of {geometry.pixel_mm:g} mm"
+        remedy = f"give its pixel width in mm (--data.roi_pixel_mm), or {drawn}"
         raise DataError(path, f"its mask has {found} pixels, the image {wanted}", remedy)
     roi = mask if width is None else _to_grid(mask, width, geometry)
     if not roi.any():

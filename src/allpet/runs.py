@@ -211,7 +211,8 @@ def newest_pretrained(path: str | Path, data_hash: str | None = None) -> Path:
     raise FileNotFoundError(
         f"{path} holds no finished run{'' if data_hash is None else ' trained on these data'} "
         f"({'; '.join(rejected) or 'there is none at all'}): train that stage first, with the same data "
-        "(the autoencoder: make train-vae; the diffusion model: make train-ldm), or name a pretrained folder."
+        "(the autoencoder: make train-vae; the diffusion model: make train-ldm; a downstream task: make finetune "
+        "TASK=), or name a pretrained folder."
     )
 
 

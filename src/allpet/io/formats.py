@@ -72,5 +72,9 @@ def write_scan(path: str | Path, scan: Scan) -> None:
     """
     suffix = suffix_of(path)
     if suffix not in WRITERS:
-        raise DataError(path, f"{suffix or 'no suffix'} is not a format to write", f"choose of {', '.join(WRITERS)}")
+        raise DataError(path, f"{suffix or 'no suffix'} is not a format to write", _of_writers())
     WRITERS[suffix](path, scan)
+
+
+def _of_writers() -> str:
+    return f"choose of {', '.join(suffix for suffix in WRITERS if suffix)}, or leave it out for a DICOM folder"
