@@ -46,6 +46,7 @@ SHOWN = {
     "lesion_max_bias": "lesion_max_%",
     "lesion_max_bias_abs": "lesion_max_size_%",
     "lesion_mean_bias": "lesion_mean_%",
+    "lesion_mean_bias_abs": "lesion_mean_size_%",
     "lesion_recovery": "lesion_recovery",
     "lesion_leak": "lesion_leak_%",
     "hl0": "hl0",
