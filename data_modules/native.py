@@ -131,7 +131,7 @@ def _task_of(path: Path) -> str | None:
     """Return what a file says of how it was converted; None for a stranger."""
     try:
         with h5py.File(path) as file:
-            return file.attrs.get(_TASK)  # type: ignore[no-any-return]
+            return file.attrs.get(_TASK)
     except OSError:
         return None
 

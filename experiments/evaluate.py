@@ -31,6 +31,7 @@ from torch import Tensor
 from allpet import AutoencoderSystem, ParallelBeam, Prompt
 from allpet.evaluation import evaluate
 from allpet.evaluation.naming import Labelled, naming_numbers
+from allpet.io import content_hash
 from allpet.randomness import keyed_generator
 from allpet.reports import FOLDER, table, write_report
 from allpet.runs import newest_pretrained
@@ -90,8 +91,8 @@ def read_slices(place: Path, bin_mm: float | None = None) -> Slices:
     report.raise_errors()
     if report.kind != "sinogram":
         raise ValueError(
-            f"{place} holds images, but sinograms are compared; project them first: allpet-data convert {place} "
-            "projected.h5."
+            f"{place} holds images, but sinograms are compared: project them first, as allpet.Radon(geometry).project "
+            "does."
         )
     values = torch.from_numpy(np.concatenate([file.slices for file in files]))[:, None]
     geometry, lengths = sinogram_geometry(None, tuple(values.shape[2:]), bin_mm)
@@ -143,6 +144,25 @@ def fitted(slices: Slices, geometry: ParallelBeam) -> Slices:
     return replace(slices, sinogram=resample(slices.sinogram, ours, geometry), geometry=geometry, found=found)
 
 
+def _doubts(real: Slices, fake: Slices, train: Slices | None) -> list[str]:
+    """Say what makes a comparison mean little: the same slices on both sides, or other prompts."""
+    said = []
+    ours = {content_hash(one) for one in real.sinogram.numpy()}
+    for name, other in (("generated", fake), ("trained-on", train)):
+        same = 0 if other is None else sum(content_hash(one) in ours for one in other.sinogram.numpy())
+        if same:
+            said.append(f"WARN  {same} of the {name} slices are real ones, so real and {name} are no two sets.")
+    if real.prompt is not None and fake.prompt is not None:
+        names, theirs = (set(one.prompt.names()) for one in (real, fake))  # type: ignore[union-attr]
+        if names != theirs:
+            other = ", ".join(sorted(names ^ theirs))
+            said.append(
+                f"WARN  Real and generated slices show different prompts ({other}), and what these differ by counts as "
+                "the generator's fault: compare those of the same prompts."
+            )
+    return said
+
+
 def main(words: Sequence[str] | None = None) -> Path:
     """Read, measure, write; return the page. What cannot be compared ends in one sentence."""
     try:
@@ -179,6 +199,7 @@ def run(words: Sequence[str] | None) -> Path:
         )
     if real.patients is None:
         found.append("Real patients are unknown: halves may share them, and the floor is then too low.")
+    found += _doubts(real, fake, train)
     print(*found, sep="\n")
     encoder = None
     if arguments.encoder is not None:

@@ -326,6 +326,25 @@ def test_the_command_balances_by_prompts_and_trains_classifiers(
         assert rows[name]["floor"] > 0.8
 
 
+def test_what_makes_a_comparison_mean_little_is_said(command: ModuleType, tmp_path: Path) -> None:
+    sets = {}
+    for name, prompts in (
+        ("real", ["FDG:brain", "FDG:chest"]),
+        ("fake", ["FDG:brain"] * 2),
+        ("again", ["FDG:brain"] * 2),
+    ):
+        scan = Scan(discs(2, name)[:, 0].numpy(), "sinogram", GEOMETRY, table={"prompt": prompts})
+        write_scan(tmp_path / f"{name}.h5", scan)
+        sets[name] = command.read_slices(tmp_path / f"{name}.h5")
+    assert command._doubts(sets["again"], sets["fake"], None) == []
+    (said,) = command._doubts(sets["real"], sets["fake"], sets["again"])
+    assert "Real and generated slices show different prompts (FDG:chest)" in said
+    (said,) = command._doubts(sets["fake"], sets["fake"], None)
+    assert said == "WARN  2 of the generated slices are real ones, so real and generated are no two sets."
+    (said,) = command._doubts(sets["fake"], sets["again"], sets["fake"])
+    assert "2 of the trained-on slices are real ones" in said
+
+
 def test_one_patient_stays_one_patient(
     command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
