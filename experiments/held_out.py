@@ -55,8 +55,9 @@ def main(words: Sequence[str] | None = None) -> Path:
     default = Path("outputs/held_out") / f"{arguments.part}{'_noisy' if arguments.noisy else ''}.h5"
     path: Path = arguments.output or default
     path.parent.mkdir(parents=True, exist_ok=True)
+    done = "Replaced" if path.exists() else "Wrote"
     write_hdf5(path, scan)
-    print(f"Wrote {path}: {len(slices)} slices of {len(batch.patient_id.unique())} patient(s), "
+    print(f"{done} {path}: {len(slices)} slices of {len(batch.patient_id.unique())} patient(s) of {run}, "
           f"{'with' if noisy else 'without'} noise.")  # fmt: skip
     return path
 
