@@ -323,6 +323,21 @@ class MeasuredFit:
         """What the images have been multiplied by, ``(batch * targets, 1, rows, columns)``; 1 where they are empty."""
         return torch.where(self._start > 0, self._mean(self._coefficient), 1)
 
+    def updated(self, updates: int) -> MeasuredFit:
+        """Update towards what needs no further terms, and return itself.
+
+        Args:
+            updates: how many.
+
+        Raises:
+            ValueError: if it is less than 1.
+        """
+        if updates < 1:
+            raise ValueError(f"updates is {updates}, but must be at least 1.")
+        for _ in range(updates):
+            self.update()
+        return self
+
     def _explaining(self, bins: Tensor) -> Tensor:
         return self._spread(self._start * self.radon.backproject(bins).repeat_interleave(self._shape[1], 0))
 
@@ -359,7 +374,7 @@ def fit_measured(
     Raises:
         ValueError: if the shapes do not fit, ``updates`` is less than 1 or the neighbourhood negative.
     """
-    return _updated(result, measured, radon, updates, attention, neighbourhood_mm).sinogram
+    return MeasuredFit(result, measured, radon, attention, neighbourhood_mm).updated(updates).sinogram
 
 
 def carry_over(
@@ -397,24 +412,8 @@ def carry_over(
             f"The result's shape is {tuple(result.shape)} and the reference's {tuple(reference.shape)}; they must be "
             "the same."
         )
-    fit = _updated(reference, measured, radon, updates, attention, neighbourhood_mm)
+    fit = MeasuredFit(reference, measured, radon, attention, neighbourhood_mm).updated(updates)
     return radon.project(quick_image(result, radon) * fit.gain)
-
-
-def _updated(
-    result: Tensor,
-    measured: Tensor,
-    radon: Radon,
-    updates: int,
-    attention: Tensor | None,
-    neighbourhood_mm: float,
-) -> MeasuredFit:
-    if updates < 1:
-        raise ValueError(f"updates is {updates}, but must be at least 1.")
-    fit = MeasuredFit(result, measured, radon, attention, neighbourhood_mm)
-    for _ in range(updates):
-        fit.update()
-    return fit
 
 
 def _among_alike(
