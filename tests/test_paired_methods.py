@@ -737,10 +737,10 @@ def test_training_draws_strengths_and_evaluation_the_same_ones(data):
 
 def test_a_model_that_cannot_heed_a_roi_says_so(data):
     given = data.test_set[[0]].input
-    delayed = asked(1)._replace(task=torch.tensor([TASKS.index("delayed")]))
+    one_of_two = asked(1)._replace(task=torch.tensor([TASKS.index("separation")]))  # which nothing is fitted to
     fitted = BridgeSampling(data_consistency=2)
     for system in (make().eval(), attending("loss")):
-        for condition, sampling in ((asked(1), None), (delayed, fitted)):
+        for condition, sampling in ((asked(1), None), (one_of_two, fitted)):
             with pytest.raises(ValueError, match="cannot heed a region of interest"):
                 system.restore(given, condition, [0], sampling, roi=roi(5, 5))
 
