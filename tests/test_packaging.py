@@ -149,6 +149,8 @@ def test_make_lists_every_target():
         (["restore", "TASK=low_dose", "DATA=a", "PROMPT=FDG"], "--data.tracer FDG --data.region open"),
         (["sample", "MODEL=outputs/ldm/001"], '--model.folder "outputs/ldm/001"'),
         (["restore", "TASK=attenuation", "DATA=a"], "--model.sampling.data_consistency 32"),
+        (["restore", "TASK=conversion", "DATA=a"], "--model.sampling.data_consistency 0"),
+        (["restore", "TASK=conversion", "DATA=a", "UPDATES=4"], "--model.sampling.data_consistency 4"),
         (["restore", "TASK=attenuation", "DATA=a", "UPDATES=8"], "--model.sampling.data_consistency 8"),
         (["validate-data", "DATA=here"], 'data_modules.validate "here" --kind auto'),
         (["evaluate", "REAL=a b", "FAKE=c.h5", "TRAIN=d"], '--real "a b" --fake "c.h5" --train "d"'),
