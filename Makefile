@@ -51,15 +51,12 @@ SAMPLE_ARGS = $(if $(MODEL),--model.folder "$(MODEL)") $(if $(N),--data.n_sample
 	$(if $(STEPS),--model.sampling.steps $(STEPS))
 SCAN_ARGS = $(if $(DOSE),--data.dose $(DOSE)) $(if $(DELAY),--data.delay_min $(DELAY)) $(PROMPT_ARGS)
 PAIRS_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracer $(TARGETS))
-# whole scans, as those without attenuation correction are, bear twice the updates of experiments/restore.yaml; another
-# tracer gains too little by those of the input for the bright spots that they leave where the input shows next to nothing
-FITTING = $(or $(UPDATES),$(if $(filter attenuation,$(TASK)),32),$(if $(filter conversion,$(TASK)),0))
 RESTORE_MODEL = $(if $(filter prior,$(METHOD)),--model allpet.PriorRestoration.from_pretrained \
 	--model.folder "$(or $(MODEL),outputs/ldm)",--model.folder "$(or $(MODEL),outputs/finetune/$(TASK))")
 RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]') $(if $(ROI),--data.roi "$(ROI)") \
 	$(if $(BOX),--data.roi_box '[$(BOX)]') $(if $(LABEL),--data.roi_label '[$(LABEL)]') \
 	$(if $(ATTENTION),--model.sampling.attention_strength $(ATTENTION)) \
-	$(if $(FITTING),--model.sampling.data_consistency $(FITTING)) $(if $(SEED),--data.seed $(SEED))
+	$(if $(UPDATES),--model.sampling.data_consistency $(UPDATES)) $(if $(SEED),--data.seed $(SEED))
 
 .DEFAULT_GOAL := help
 # every target that is listed

@@ -280,7 +280,9 @@ def restoration_gallery(
 def _used(sampling: PairedSampling, batch: RestorationBatch) -> PairedSampling:
     """Return what of a sampling came into play: where the input does not measure the targets, nothing is fitted."""
     if sampling.fitted(batch.condition.task[:1], batch.n_targets):
-        return replace(sampling, neighbourhood_mm=sampling.width(_task(batch) == "attenuation"))
+        task = _task(batch)
+        width = sampling.width(task == "attenuation")
+        return replace(sampling, data_consistency=sampling.updates(task), neighbourhood_mm=width)
     return replace(sampling, data_consistency=0, neighbourhood_mm=0.0)
 
 

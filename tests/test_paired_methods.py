@@ -622,11 +622,28 @@ def test_two_tracers_are_fitted_to_the_mix_as_given(tmp_path):
     assert after < 0.8 * before
 
 
+def test_each_task_gets_as_many_updates_as_suit_it(data):
+    """Where none are asked for, also within one batch."""
+    tasks = torch.tensor([TASKS.index(name) for name in ("low_dose", "attenuation", "delayed", "conversion")])
+    measured = data.train_set[[0, 1, 2, 3]].input
+    drawn, reference = 1.2 * measured[None, :, None, 0], 0.9 * measured
+
+    def results(updates):
+        sampling = BridgeSampling(data_consistency=updates)
+        return sampling.fit(drawn, measured, tasks, GEOMETRY, range(4), None, reference).samples[0]
+
+    suiting = results(None)
+    for row, number in enumerate((16, 32, 16, 0)):
+        assert torch.equal(suiting[row], results(number)[row]), TASKS[tasks[row]]
+    assert not torch.equal(results(16)[1], results(32)[1])
+    assert not torch.equal(results(16)[3], results(0)[3])
+
+
 def test_fitting_needs_a_geometry():
     system = make().eval()
     with pytest.raises(RuntimeError, match="no data are fitted: train on data first"):
         system.restore(torch.rand(1, 1, 16, 16), asked(1), [0], BridgeSampling(data_consistency=1))
-    with pytest.raises(ValueError, match="data_consistency is -1, but must be a number of updates, or 0"):
+    with pytest.raises(ValueError, match="data_consistency is -1, but must be a number of updates, 0 for none"):
         BridgeSampling(data_consistency=-1)
     with pytest.raises(ValueError, match="neighbourhood_mm is inf, but must be finite and not negative"):
         BridgeSampling(neighbourhood_mm=float("inf"))

@@ -213,12 +213,16 @@ def test_what_is_noted_of_sampling_is_what_came_into_play(folder, tmp_path):
     bare = ["--data.dose", "null"]
     cases = {"low_dose": [], "attenuation": bare, "delayed": [*bare, "--data.delay_min", "60"]}
     cases["conversion"] = [*bare, "--data.target_tracers", "[PSMA]"]
+    suiting = {"low_dose": 16, "attenuation": 32, "delayed": 16, "conversion": 0}  # the file leaves it to the task
     for task, more in cases.items():
         run = restore(tmp_path / "plain", folder / "p8", "--data.gain", "1", "--data.task", task, *more)
         noted = read_scan(run / "sinograms/bare.h5").provenance
-        assert "data_consistency=16," in noted["sampling"]
+        assert f"data_consistency={suiting[task]}," in noted["sampling"]
         assert noted["orientations"] == 3  # one for each sample, though there are many more
         assert (run / "attenuation").exists() == (task == "attenuation")
+    asked = ["--data.task", "conversion", *cases["conversion"], "--model.sampling.data_consistency", "4"]
+    run = restore(tmp_path / "plain", folder / "p8", "--data.gain", "1", *asked)
+    assert "data_consistency=4," in read_scan(run / "sinograms/bare.h5").provenance["sampling"]
 
 
 def test_the_attenuation_that_was_found_is_written_and_shown(model, folder, monkeypatch):
@@ -238,7 +242,7 @@ def test_the_attenuation_that_was_found_is_written_and_shown(model, folder, monk
     data = SinogramsToRestore(str(folder), task="attenuation")
     data.setup()
     batch = data.batch(range(2))
-    sampling = BridgeSampling(nfe=2, samples=3, data_consistency=16)
+    sampling = BridgeSampling(nfe=2, samples=3, data_consistency=32)
     wanted = system.restore(3 * batch.input, batch.condition, batch.seed.tolist(), sampling).attenuation
     torch.testing.assert_close(torch.from_numpy(scan.values)[:2], wanted[:, 0], rtol=1e-2, atol=1e-4)
     assert 0.001 < float(wanted.max()) <= BONE

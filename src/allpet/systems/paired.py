@@ -41,6 +41,7 @@ from allpet.systems.starting import load_stages, start_from
 UNCORRECTED = TASKS.index("attenuation")
 _MEASURED, _MEASURED_VALUES = 2000, 2**26  # most pairs, and values of their latents, whose moments are measured
 _LEAST_DRAWN = 0.01  # of the size of a slice's targets (of squares for l2); what is drawn may be nothing at first
+_SUITING = {"attenuation": 32, "conversion": 0}  # updates, where sixteen do not suit
 _STATISTICS = ("moments", "given_moments", "input_ratio")  # measured when training starts
 Self = TypeVar("Self", bound="PairedSystem")
 
@@ -116,11 +117,11 @@ class PairedSampling:
         data_consistency: updates by which each result of a task whose input measures the sum of the targets
             (``MEASURING``: low dose, separation, attenuation correction) is brought nearer to it, see ``fit_measured``
             and, of attenuation, ``fit_uncorrected``, or, where it is another scan (``RELATED``: delayed, conversion),
-            corrected as the model's own image of the input is, see ``carry_over``. 0 for none. Of several samples each
-            is fitted to a measurement with as much noise again, so that their spread still says how well the counts are
-            known; with K samples the noise of their mean has 1 / K more variance. Where a model attends, or a ROI is
-            given, updates count more by ``attention_strength``: in the ROI, or in the hot and cold areas of what the
-            network has drawn.
+            corrected as the model's own image of the input is, see ``carry_over``. 0 for none; None for as many as suit
+            the task, see ``updates``. Of several samples each is fitted to a measurement with as much noise again, so
+            that their spread still says how well the counts are known; with K samples the noise of their mean has 1 / K
+            more variance. Where a model attends, or a ROI is given, updates count more by ``attention_strength``: in
+            the ROI, or in the hot and cold areas of what the network has drawn.
         neighbourhood_mm: full width at half maximum of the neighbours that look alike among which updates share what
             the counts say: less bias for as much noise; 0 for every pixel alone; None for 24 mm, and for every pixel
             alone without attenuation correction, where there are the counts of whole scans.
@@ -133,7 +134,7 @@ class PairedSampling:
     samples: int = 1
     batch_size: int = 64
     attention_strength: float | None = None
-    data_consistency: int = 0
+    data_consistency: int | None = 0
     neighbourhood_mm: float | None = None
     turned: bool = True
 
@@ -143,8 +144,11 @@ class PairedSampling:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
         if not 0 <= self.strength < float("inf"):
             raise ValueError(f"attention_strength is {self.attention_strength}, but must be finite and not negative.")
-        if self.data_consistency < 0:
-            raise ValueError(f"data_consistency is {self.data_consistency}, but must be a number of updates, or 0.")
+        if self.data_consistency is not None and self.data_consistency < 0:
+            raise ValueError(
+                f"data_consistency is {self.data_consistency}, but must be a number of updates, 0 for none or null for "
+                "as many as suit the task."
+            )
         if self.neighbourhood_mm is not None and not 0 <= self.neighbourhood_mm < float("inf"):
             raise ValueError(f"neighbourhood_mm is {self.neighbourhood_mm}, but must be finite and not negative.")
 
@@ -164,11 +168,20 @@ class PairedSampling:
             return self.neighbourhood_mm
         return UNCORRECTED_MM if uncorrected else NEIGHBOURHOOD_MM
 
+    def updates(self, task: str) -> int:
+        """Return how many updates the results of a task get that can be fitted: those asked for, or what suits it.
+
+        Chosen on validation patients (``experiments/choose_updates.py``): sixteen; thirty-two without attenuation
+        correction, for whole scans have more counts; none for another tracer, which gains too little by them for the
+        bright spots they leave where the input shows next to nothing.
+        """
+        return _SUITING.get(task, 16) if self.data_consistency is None else self.data_consistency
+
     def fitted(self, task: Tensor, n_targets: int) -> list[int]:
         """Return which of the tasks ``(batch,)`` of so many targets have results that are fitted to their input."""
         each = (MEASURING | RELATED).items()
-        whole = [TASKS.index(name) for name, targets in each if targets == n_targets]
-        return [row for row, number in enumerate(task.tolist()) if number in whole and self.data_consistency]
+        whole = [TASKS.index(name) for name, targets in each if targets == n_targets and self.updates(name)]
+        return [row for row, number in enumerate(task.tolist()) if number in whole]
 
     def fit(
         self,
@@ -180,7 +193,7 @@ class PairedSampling:
         attention: Tensor | None = None,
         reference: Tensor | None = None,
     ) -> Fitted:
-        """Return samples after ``data_consistency`` updates, where the measurement says something of the targets.
+        """Return samples after the ``updates`` of their task, where the measurement says something of the targets.
 
         The noise that is added for several samples is what the measurement differs from the sample by, with random
         signs (wild bootstrap, Wu 1986, Liu 1988): it needs no model of the variance, which attenuation and corrections
@@ -230,7 +243,7 @@ class PairedSampling:
                         coins = [torch.randint(2, given.shape[1:], generator=generator) for generator in generators]
                         given = given + (given - expected) * (2 * torch.stack(coins).to(given) - 1)
                     where = None if attention is None else attention[rows]
-                    how = (self.data_consistency, where, self.width(kind == UNCORRECTED))
+                    how = (self.updates(TASKS[kind]), where, self.width(kind == UNCORRECTED))
                     if start is not None:
                         fitted, found = fit_uncorrected(ours, given, radon, *how, start)
                         attenuation[rows] += found.attenuation / len(samples)
@@ -616,11 +629,12 @@ class PairedSystem(LatentSystem):
         measured = torch.where(own[:, None, None, None].to(scaled.device), given.to(scaled), scaled)
         areas, emphasis = None, None
         drawn = torch.stack(results)
-        if sampling.fitted(tasks, n_targets) and (attention := self.attention_to(roi)):
+        chosen = sampling.fitted(tasks, n_targets)
+        if chosen and (attention := self.attention_to(roi)):
             # In what the network has drawn, noise makes far fewer areas than in the input.
             areas = attention.areas(drawn.mean(0).sum(1, keepdim=True), roi)
             emphasis = attention.emphasise(areas, sampling.strength)
-        related = sampling.data_consistency and any(TASKS[number] in RELATED for number in tasks.tolist())
+        related = any(TASKS[int(tasks[row])] in RELATED for row in chosen)
         reference = self._decode(self._encode(start), shape) if related else None
         fitted = sampling.fit(drawn, measured, tasks, self.geometry, seeds, emphasis, reference)
         return Restored.of(fitted.samples, areas, fitted.attenuation)

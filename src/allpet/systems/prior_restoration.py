@@ -167,7 +167,7 @@ class PriorRestoration(LightningModule):
         sampling: PairedSampling,
         roi: Tensor | None,
     ) -> Restored:
-        if roi is not None and not sampling.data_consistency:
+        if roi is not None and not sampling.updates("low_dose"):
             raise ValueError(
                 "Stage 2 alone heeds a region of interest in the fit to the input: leave it out, or fit "
                 "(data_consistency)."
