@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from pathlib import Path
@@ -24,6 +25,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     Signals to stop (SIGTERM, and the one by which SLURM announces the end of a job) wait for the end of the step: then
     SIGTERM leaves a checkpoint, and Lightning, which answers both, finds weights, position and optimiser in agreement.
+    Ctrl+C does so, too; pressed again it stops at once, without.
 
     Args:
         every_n_steps: optimiser steps between checkpoints.
@@ -44,6 +46,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._steps = 0
         self._handlers: dict[int, Any] = {}
         self._waiting: dict[int, FrameType | None] = {}
+        self._speaks: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the run's folder from the trainer."""
@@ -64,9 +67,11 @@ class RunCheckpoint(ModelCheckpoint):
         self._steps = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
+        self._speaks = os.getpid() if trainer.is_global_zero else None
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
-            if type(handler).__module__.startswith("lightning."):  # SIGTERM and, under SLURM, the one to requeue
+            # SIGTERM and, under SLURM, the one to requeue; Ctrl+C, unless somebody else answers it
+            if type(handler).__module__.startswith("lightning.") or handler is signal.default_int_handler:
                 self._handlers[number] = handler
                 signal.signal(number, self._wait)
 
@@ -81,7 +86,9 @@ class RunCheckpoint(ModelCheckpoint):
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         stopped = self._signals(trainer)
-        if (last or signal.SIGTERM in stopped) and not self._should_skip_saving_checkpoint(trainer):
+        if (last or {signal.SIGTERM, signal.SIGINT} & set(stopped)) and not self._should_skip_saving_checkpoint(
+            trainer
+        ):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
@@ -94,7 +101,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save nothing: within a step, weights, position and optimiser are not in agreement."""
+        stopping = signal.SIGINT in self._waiting
         self._release()
+        if stopping and not isinstance(exception, KeyboardInterrupt):  # as of loaders, which Ctrl+C has stopped, too
+            raise KeyboardInterrupt from exception
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Save, unless the weights are spoilt; then remove what earlier processes left behind.
@@ -120,6 +130,12 @@ class RunCheckpoint(ModelCheckpoint):
                         path.unlink()
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if number in self._waiting:
+                raise KeyboardInterrupt
+            # not by loaders, which are forks of this; unbuffered: this may come in the middle of another message
+            if os.getpid() == self._speaks:
+                os.write(2, b"\nStopping after this step; press Ctrl+C again to stop at once, without a checkpoint.\n")
         self._waiting[number] = frame
 
     def _signals(self, trainer: Trainer) -> list[int]:
@@ -140,4 +156,5 @@ class RunCheckpoint(ModelCheckpoint):
         handlers, waiting = self._handlers, self._waiting
         self._handlers, self._waiting = {}, {}
         for number, frame in waiting.items():
-            handlers[number](number, frame)
+            if number != signal.SIGINT:  # nothing is left to stop
+                handlers[number](number, frame)

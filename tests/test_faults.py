@@ -25,6 +25,7 @@ from fault_tools import VAE, assert_same, at, copy_of, fit, in_a_fork, stopped, 
 from allpet import faults, runs
 from allpet.cli import main
 from allpet.disk_cache import store
+from callbacks import RunCheckpoint
 from data_modules.slice_cache import SliceCache
 
 
@@ -187,21 +188,63 @@ def test_slurm_requeues_from_the_step_it_announced_the_end_at(tmp_path, whole, n
     note("SLURM announces the end of the job", "Lightning saves after the step and requeues", "nothing", "none")
 
 
-def test_ctrl_c(tmp_path, whole, note, heard, monkeypatch):
-    def interrupt(_: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("times", "step", "what", "lost"),
+    [(1, 5, "the step is finished and saved", "nothing"), (2, 3, "the training stops at once", "2 steps")],
+)
+def test_ctrl_c(tmp_path, whole, note, heard, monkeypatch, times, step, what, lost):
+    def press(_: Any) -> None:
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        at(patch, 5, interrupt)
+        at(patch, 5, press)
         with pytest.raises(SystemExit) as stop:
             fit(tmp_path)
-    signal.signal(signal.SIGINT, before)  # which Lightning ignores from then on
+    assert signal.getsignal(signal.SIGINT) == before
     assert stop.value.code == 1
-    said = "Stopped. The same command continues at step 3."
+    said = f"Stopped. The same command continues at step {step}."
     assert said in heard()
+    continues(tmp_path, whole, step, heard)
+    note("Ctrl+C" if times == 1 else "Ctrl+C twice", what, lost, said)
+
+
+def test_ctrl_c_ends_a_training_whose_loaders_it_has_ended_first(tmp_path, whole, heard, monkeypatch):
+    def press(_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        at(patch, 5, press)
+        with pytest.raises(SystemExit) as stop:
+            fit(tmp_path)
+    assert stop.value.code == 1
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "Stopped. The same command continues at step 3." in heard()
     continues(tmp_path, whole, 3, heard)
-    note("Ctrl+C", "the training stops", "2 steps", said)
+
+
+def test_ctrl_c_after_the_last_step_leaves_a_finished_run(tmp_path, whole, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        at(patch, 8, lambda _: signal.raise_signal(signal.SIGINT))
+        patch.setattr(RunCheckpoint, "_signals", lambda *_: [])  # it comes when the step has just ended
+        fit(tmp_path)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "Stopping after this step; press Ctrl+C again" in capfd.readouterr().err
+    assert finished(tmp_path / "001") == 8
+    assert_same(tmp_path / "001", whole)
+
+
+def test_ctrl_c_before_there_is_a_training(monkeypatch):
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("allpet.cli.AllpetCLI", interrupt)
+    with pytest.raises(SystemExit, match="allpet: Stopped"):
+        main([])
 
 
 def test_a_bug_in_a_callback_keeps_its_traceback(half, tmp_path, whole, note, heard):
