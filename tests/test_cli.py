@@ -217,6 +217,14 @@ def test_stage_2_builds_on_the_newest_stage_1_of_its_data_and_samples(vae, tmp_p
     assert (tmp_path / "samples" / "001" / "gallery.png").stat().st_size > 1000
 
 
+def test_a_missing_stage_is_refused_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny_pet.TinyPET.load", lambda _: pytest.fail("data were read"))
+    words = ["fit", "-c", str(HERE / "tiny_vae.yaml"), "-c", str(HERE / "tiny_ldm.yaml")]
+    with pytest.raises(SystemExit, match=r"none at all\): train that stage first"):
+        main([*words, "--model.autoencoder", str(tmp_path / "vae"), "--run.root", str(tmp_path / "ldm")])
+    assert not (tmp_path / "ldm").exists()
+
+
 def test_sampling_before_stage_2_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="none at all"):
         main([*SAMPLE, "--run.root", str(tmp_path), "--model.folder", str(tmp_path / "ldm")])

@@ -51,7 +51,10 @@ def main(args: ArgsType = None) -> None:
     """Run the command line; ``args``, a list of words, takes the place of the shell's."""
     prepare()
     words = sys.argv[1:] if args is None else args
-    AllpetCLI(with_nulls(words) if isinstance(words, list) else words)
+    try:
+        AllpetCLI(with_nulls(words) if isinstance(words, list) else words)
+    except KeyboardInterrupt as error:  # data were being read or simulated
+        raise SystemExit("allpet: Stopped.") from error
 
 
 def with_nulls(words: list[str]) -> list[str]:
@@ -158,6 +161,8 @@ class AllpetCLI(LightningCLI):
         options = runs.RunOptions(**config.run)
         keep = options.root is not None and not config.trainer.fast_dev_run
         try:
+            for stage in _stages(config).values():
+                runs.newest_pretrained(stage)  # refused before data are read, which may take minutes
             if fit:
                 self._check_memory(config, options)
             data = self._load_data(config) if fit or self.subcommand == "predict" else None
@@ -219,9 +224,9 @@ class AllpetCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SIGTERMException as error:
             raise SystemExit(f"allpet: Stopped from outside (SIGTERM).{self._kept()}") from error
-        except (SystemExit, KeyboardInterrupt):  # Lightning has answered Ctrl+C
+        except (SystemExit, KeyboardInterrupt) as error:  # Lightning has answered Ctrl+C, or what that led to
             rank_zero_info(f"Stopped.{self._kept()}")
-            raise
+            raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from error
         except Exception as error:
             data, trainer = self.datamodule, self.config[subcommand].trainer
             batch_size = getattr(data, "batch_size", None) if subcommand == "fit" else None
@@ -405,13 +410,20 @@ def _listed(plugins: Any) -> list[Any]:
 
 def _resolve_pretrained(config: Namespace, data_hash: str | None) -> str:
     """Put pretrained folders in the place of roots; return the hash of the weights that are built upon."""
-    arguments, hashes = config.model.get("init_args") or Namespace(), []
-    for key, wanted in (("autoencoder", data_hash), ("folder", None)):
-        if isinstance(arguments.get(key), (str, Path)):
-            arguments[key] = str(runs.newest_pretrained(arguments[key], wanted))
-            hashes.append(runs.weights_hash(arguments[key]))
-            rank_zero_info(f"Builds on {arguments[key]}.")
+    hashes = []
+    for key, root in _stages(config).items():
+        folder = str(runs.newest_pretrained(root, data_hash if key == "autoencoder" else None))
+        config.model.init_args[key] = folder
+        hashes.append(runs.weights_hash(folder))
+        rank_zero_info(f"Builds on {folder}.")
     return "-".join(hashes)
+
+
+def _stages(config: Namespace) -> dict[str, str | Path]:
+    """Return the folders or roots of trained stages that a model builds on, by its arguments."""
+    arguments = config.model.get("init_args") or Namespace()
+    given = {key: arguments.get(key) for key in ("autoencoder", "folder")}
+    return {key: value for key, value in given.items() if isinstance(value, (str, Path))}
 
 
 def _new_folder(options: runs.RunOptions) -> Path:
