@@ -86,9 +86,8 @@ class RunCheckpoint(ModelCheckpoint):
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         stopped = self._signals(trainer)
-        if (last or {signal.SIGTERM, signal.SIGINT} & set(stopped)) and not self._should_skip_saving_checkpoint(
-            trainer
-        ):
+        wanted = last or signal.SIGTERM in stopped or signal.SIGINT in stopped
+        if wanted and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
