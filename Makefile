@@ -3,8 +3,10 @@
 #   finetune: TASK=low_dose|attenuation|delayed|separation|conversion|multi_task PAIRS=500, DATA= pairs of your own;
 #   restore: TASK, DATA, MODEL=run or root; DOSE= (low_dose), DELAY= (delayed), TARGETS=FDG,PSMA, PROMPT=FDG:brain;
 #     UPDATES= towards what was measured, ROI=mask file [LABEL=7] or BOX=left,right,lower,upper (mm), ATTENTION= to it,
-#     METHOD=prior: stage 2 alone, for low_dose;
-#   synthesise: TASK, PAIRS=50 real ones, N=450 generated ones; DATA= pairs of your own with DOSE= and PROMPT=;
+#     METHOD=prior: stage 2 alone, for low_dose; SEED=;
+#   sample: N=16, PROMPT=, MODEL=, VIEWS= BINS= COUNTS= of the sinograms, STEPS= of the sampler, SEED=;
+#   held-out: RUN=, whose slices; memory: CONFIG="a.yaml b.yaml";
+#   synthesise: TASK, PAIRS=50 real ones, N=450 generated ones; DATA= pairs of your own with DOSE= and PROMPT=; SEED=;
 #   baseline: NAME=gan|score|one_channel; study: STUDY=few_shot|steps|compute|layers|baselines|downstream (TASK=);
 #   evaluate: REAL= FAKE= TRAIN=folder or file, ENCODER=exported stage 1;
 #   sweep: SWEEP=few_shot or a task, OFFLINE=1 without W&B even where there is an account;
@@ -62,8 +64,9 @@ RESTORE_ARGS = $(SCAN_ARGS) $(if $(TARGETS),--data.target_tracers '[$(TARGETS)]'
 # every target that is listed
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
-help: ## List the targets
+help: ## List the targets, and the variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@sed -n '/^# Variables/,/^$$/s/^#//p' $(firstword $(MAKEFILE_LIST))
 
 install: $(READY) ## Make .venv/ and install everything into it
 

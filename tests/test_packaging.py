@@ -123,9 +123,14 @@ def test_what_a_page_links_to_is_there(page):
 
 
 def test_make_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert [line.split()[0] for line in listed.splitlines()] == targets
+    targets, variables = re.split(r"^ Variables: ", listed, flags=re.MULTILINE)
+    assert [line.split()[0] for line in targets.splitlines()] == re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE)
+    names = set(re.findall(r"\b[A-Z][A-Z_]*\b", variables))
+    own = set(re.findall(r"^([A-Z_]+)\s*:?=", text, re.MULTILINE)) | {"MAKEFILE_LIST"}
+    given = set(re.findall(r"\$\((?:if |or |filter \w+,)*\$?\(?([A-Z_]+)\b", text)) - own
+    assert given <= names, "a user may set it and is not told"
 
 
 @pytest.mark.parametrize(
