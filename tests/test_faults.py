@@ -188,6 +188,15 @@ def test_slurm_requeues_from_the_step_it_announced_the_end_at(tmp_path, whole, n
     note("SLURM announces the end of the job", "Lightning saves after the step and requeues", "nothing", "none")
 
 
+@pytest.fixture
+def terminal():
+    """Let Ctrl+C be answered as in a terminal: where tests run in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("times", "step", "what", "lost"),
     [(1, 5, "the step is finished and saved", "nothing"), (2, 3, "the training stops at once", "2 steps")],
@@ -197,12 +206,11 @@ def test_ctrl_c(tmp_path, whole, note, heard, monkeypatch, times, step, what, lo
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at(patch, 5, press)
         with pytest.raises(SystemExit) as stop:
             fit(tmp_path)
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert stop.value.code == 1
     said = f"Stopped. The same command continues at step {step}."
     assert said in heard()
@@ -210,29 +218,29 @@ def test_ctrl_c(tmp_path, whole, note, heard, monkeypatch, times, step, what, lo
     note("Ctrl+C" if times == 1 else "Ctrl+C twice", what, lost, said)
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_ends_a_training_whose_loaders_it_has_ended_first(tmp_path, whole, heard, monkeypatch):
     def press(_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
-    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at(patch, 5, press)
         with pytest.raises(SystemExit) as stop:
             fit(tmp_path)
     assert stop.value.code == 1
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert "Stopped. The same command continues at step 3." in heard()
     continues(tmp_path, whole, 3, heard)
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_after_the_last_step_leaves_a_finished_run(tmp_path, whole, monkeypatch, capfd):
-    before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at(patch, 8, lambda _: signal.raise_signal(signal.SIGINT))
         patch.setattr(RunCheckpoint, "_signals", lambda *_: [])  # it comes when the step has just ended
         fit(tmp_path)
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert "Stopping after this step; press Ctrl+C again" in capfd.readouterr().err
     assert finished(tmp_path / "001") == 8
     assert_same(tmp_path / "001", whole)
